@@ -9,23 +9,23 @@ _PUBLIC = {
     "adapt": "loralab.core.adapter",
     "load": "loralab.core.adapter",
     "Adapter": "loralab.core.adapter",
-    "methods": "loralab.methods",
-    "recipe": "loralab.methods",
     "register": "loralab.methods",
     "Form": "loralab.recipe",
     "Start": "loralab.recipe",
     "Rule": "loralab.recipe",
     "Schedule": "loralab.recipe",
     "Recipe": "loralab.recipe",
-    "curvature": "loralab.curvature",
     "Study": "loralab.study",
     "UserError": "loralab.errors",
 }
-__all__ = ["__version__", *_PUBLIC]
+_CALLABLE_MODULES = ("methods", "recipe", "curvature")
+__all__ = ["__version__", *_PUBLIC, *_CALLABLE_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use, so that `import loralab` stays fast."""
+    if name in _CALLABLE_MODULES:
+        return importlib.import_module(f"loralab.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'loralab' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from loralab._callable import make_callable
 from loralab.seeds import generator
 
 Tensors = dict[str, Tensor]
@@ -257,3 +258,21 @@ class Method:
     equation: str
     traps: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe(name: str, **swaps: Any) -> Recipe:
+    """Return the recipe of method `name` with pieces swapped, also callable as `loralab.recipe`.
+
+    Args:
+        swaps: `form`, `init` (or `start`), `rule`, `schedule`: a piece or the name of a method that
+            has it; anything else is a hyper-parameter of one of the pieces.
+
+    Raises:
+        UserError: unknown method or hyper-parameter, or pieces that cannot meet.
+    """
+    from loralab.methods import build
+
+    return build(name, **swaps)
+
+
+make_callable(__name__, "recipe")
