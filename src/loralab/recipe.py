@@ -9,7 +9,7 @@ indexes from the back (`.mT`, `dim=-1`); one trial is a pack of one.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,9 +68,11 @@ class Form:
     faster `branch`; a test proves them equal. A Form with `branch` alone cannot be merged.
     """
 
-    pair: ClassVar[bool] = False  # owns A [r, in] and B [out, r] entering as B A: pair Starts fit
+    pair: ClassVar[bool] = False  # owns A [r, in] and B [out, r] entering as B A: pair pieces fit
+    owns: ClassVar[frozenset[str]] = frozenset()  # tensors that a Rule may single out by name
     frozen: ClassVar[frozenset[str]] = frozenset()  # tensors never trained
     shared: ClassVar[frozenset[str]] = frozenset()  # one tensor for all sites, sized by the largest
+    any_rank: ClassVar[bool] = False  # the rank may exceed the layer's smaller side
 
     def default_alpha(self, rank: int) -> float:
         """Return alpha when the user gives none; alpha = r (s = 1) as in arXiv 2602.04998."""
@@ -169,6 +171,9 @@ class SiteState:
 class Rule:
     """How does a gradient become a step?"""
 
+    pair_only: ClassVar[bool] = False  # fits Forms with `pair`
+    singles_out: ClassVar[frozenset[str]] = frozenset()  # fits Forms that own all of these
+
     def trains(self, name: str) -> bool:
         """Return whether tensor `name` is trained at all."""
         return True
@@ -184,6 +189,8 @@ class Rule:
 
 class Schedule:
     """What changes over time? The default changes nothing."""
+
+    pair_only: ClassVar[bool] = False  # fits Forms with `pair`
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         """Return a factor on the learning rate of 0-based `step`, beside the trainer's schedule."""
@@ -248,6 +255,7 @@ class Method:
         axis: the taxonomy's axis, which is also the folder.
         summary: one line for the catalogue.
         traps: what goes wrong when the formula is misread, a sentence each.
+        aliases: other names under which the method is found.
     """
 
     name: str
@@ -257,7 +265,7 @@ class Method:
     summary: str
     equation: str
     traps: Sequence[str] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Sequence[str] = ()
 
 
 def recipe(name: str, **swaps: Any) -> Recipe:

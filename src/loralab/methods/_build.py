@@ -1,0 +1,116 @@
+"""A method's name and the user's changes, to a Recipe."""
+
+import dataclasses
+from typing import Any
+
+from loralab.errors import UserError, near_misses
+from loralab.methods._registry import all_methods, get
+from loralab.recipe import Form, Recipe, Rule, Schedule, Start
+
+KINDS: dict[str, type] = {"form": Form, "start": Start, "rule": Rule, "schedule": Schedule}
+_ALIASES = {"init": "start"}
+
+
+def build(name: str, **swaps_and_settings: Any) -> Recipe:
+    """Return the recipe of method `name` with pieces swapped and hyper-parameters set.
+
+    Args:
+        name: the method's name.
+        swaps_and_settings: `form`, `init` (or `start`), `rule`, `schedule`: a piece, or the name of
+            a method that brings one; anything else is a hyper-parameter of one of the pieces by
+            field name, or as "piece.field" where two pieces have the same field.
+
+    Raises:
+        UserError: unknown method or hyper-parameter, a value of the wrong type, or pieces that
+            cannot meet.
+    """
+    pieces = dict(get(name).recipe.pieces)
+    settings = {}
+    for word, value in swaps_and_settings.items():
+        kind = _ALIASES.get(word, word)
+        if kind in KINDS:
+            pieces[kind] = _piece(kind, value)
+        else:
+            settings[word] = value
+    for word, value in settings.items():
+        kind, field = _owner(name, pieces, word)
+        pieces[kind] = dataclasses.replace(
+            pieces[kind], **{field.name: _fit(name, word, value, getattr(pieces[kind], field.name))}
+        )
+    return check(Recipe(**pieces))
+
+
+def check(recipe: Recipe) -> Recipe:
+    """Return `recipe` if its pieces can meet.
+
+    Raises:
+        UserError: they cannot; the sentence names the two pieces and the reason.
+    """
+    form = type(recipe.form).__name__
+    pieces = {"start": recipe.start, "rule": recipe.rule, "schedule": recipe.schedule}
+    for kind, piece in pieces.items():
+        if piece.pair_only and not recipe.form.pair:
+            raise UserError(
+                f"{kind} {type(piece).__name__} needs a form made of one pair A, B, "
+                f"and {form} is not; choose another form or another {kind}"
+            )
+    owned = recipe.form.owns | ({"A", "B"} if recipe.form.pair else set())
+    missing = sorted(recipe.rule.singles_out - owned)
+    if missing:
+        raise UserError(
+            f"rule {type(recipe.rule).__name__} treats tensor {', '.join(missing)} apart, "
+            f"and form {form} has none of that name; choose another form or another rule"
+        )
+    return recipe
+
+
+def _piece(kind: str, value: Any) -> Any:
+    """Return the piece itself, or the one that the named method brings."""
+    if isinstance(value, KINDS[kind]):
+        return value
+    if not isinstance(value, str):
+        raise UserError(
+            f"{kind} must be a {KINDS[kind].__name__} or a method's name, not {value!r}"
+        )
+    plain = all_methods()["lora"]
+    method = get(value)
+    piece = method.recipe.pieces[kind]
+    if method is not plain and piece == plain.recipe.pieces[kind]:
+        owners = [m.name for m in all_methods().values() if m.recipe.pieces[kind] != piece]
+        raise UserError(
+            f"method {method.name!r} brings no {kind} of its own; these do: {', '.join(owners)} "
+            f"(and 'lora' gives the plain one)"
+        )
+    return piece
+
+
+def _owner(name: str, pieces: dict[str, Any], word: str) -> tuple[str, Any]:
+    """Return which piece, and which of its fields, `word` sets."""
+    fields = {(kind, f.name): f for kind in pieces for f in dataclasses.fields(pieces[kind])}
+    kind, _, rest = word.partition(".")
+    kind = _ALIASES.get(kind, kind)
+    found = [at for at in fields if (at == (kind, rest) if rest else at[1] == word)]
+    if len(found) > 1:
+        spelled = " or ".join(repr(f"{k}.{f}") for k, f in found)
+        raise UserError(f"{word!r} of method {name!r} is ambiguous; write {spelled}")
+    if not found:
+        known = sorted({f for _, f in fields})
+        words = [*known, *KINDS, *_ALIASES]
+        hint = near_misses(word, words) or f"; it has {', '.join(known) or 'none'}"
+        raise UserError(f"method {name!r} has no hyper-parameter {word!r}{hint}")
+    return found[0][0], fields[found[0]]
+
+
+def _fit(name: str, word: str, value: Any, present: Any) -> Any:
+    """Return `value` in the type of the present value; None stands for "not set" and fits."""
+    if present is None or value is None or type(value) is type(present):
+        return value
+    if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    whole = isinstance(value, float) and value.is_integer()
+    if isinstance(present, int) and not isinstance(present, bool) and whole:
+        return int(value)
+    raise UserError(
+        f"hyper-parameter {word!r} of method {name!r} is a {type(present).__name__} "
+        f"(default {present!r}), not {value!r}"
+    )

@@ -1,0 +1,117 @@
+"""Names to methods: registration, discovery, lookup."""
+
+import dataclasses
+import importlib
+import pkgutil
+import warnings
+from importlib.metadata import entry_points
+from typing import Any
+
+from loralab.errors import UserError, near_misses
+from loralab.recipe import Method
+
+ENTRY_POINTS = "loralab.methods"
+
+_METHODS: dict[str, Method] = {}
+_NAMES: dict[str, str] = {}  # every name and alias, to the method's name
+_walked = False
+
+
+def key(name: str) -> str:
+    """Return the registry's spelling of `name`: "LoRA-GA" is "lora_ga", "lora+" is "lora_plus"."""
+    return name.strip().lower().replace("+", "_plus").replace("-", "_").replace(" ", "_")
+
+
+def register(method: Method) -> Method:
+    """Add `method` to the catalogue and return it.
+
+    Raises:
+        UserError: another method already has this name or one of these aliases.
+    """
+    names = [key(name) for name in (method.name, *method.aliases)]
+    for name in names:
+        owner = _NAMES.get(name)
+        if owner is not None and _METHODS[owner] != method:
+            raise UserError(f"method name {name!r} is taken by {owner!r}; choose another name")
+    for name in names:
+        _NAMES[name] = names[0]
+    _METHODS[names[0]] = method
+    return method
+
+
+def all_methods() -> dict[str, Method]:
+    """Return every method by name, sorted by axis and name."""
+    _walk()
+    return dict(sorted(_METHODS.items(), key=lambda item: (item[1].axis, item[0])))
+
+
+def get(name: str) -> Method:
+    """Return the method called `name` (case, "-" for "_" and "+" for "_plus" do not matter).
+
+    Raises:
+        UserError: no such method; the message lists near misses.
+    """
+    _walk()
+    if key(name) not in _NAMES:
+        hint = near_misses(key(name), _NAMES) or "; `loralab methods` lists them all"
+        raise UserError(f"unknown method {name!r}{hint}")
+    return _METHODS[_NAMES[key(name)]]
+
+
+def methods(axis: str | None = None) -> list[dict[str, Any]]:
+    """Return the catalogue as plain data, also callable as `loralab.methods()`.
+
+    Args:
+        axis: keep the methods of this axis only.
+
+    Returns:
+        One dictionary per method: name, aliases, axes, pieces (class names), settings
+        ("piece.field" to default), paper, summary, equation, traps.
+
+    Raises:
+        UserError: no method has this axis.
+    """
+    known = all_methods().values()
+    axes = sorted({method.axis for method in known})
+    if axis is not None and axis not in axes:
+        hint = near_misses(axis, axes) or f"; one of {', '.join(axes)}"
+        raise UserError(f"unknown axis {axis!r}{hint}")
+    return [_row(method) for method in known if axis in (None, method.axis)]
+
+
+def _row(method: Method) -> dict[str, Any]:
+    pieces = method.recipe.pieces
+    return {
+        "name": method.name,
+        "aliases": list(method.aliases),
+        "axes": [method.axis],
+        "pieces": {kind: type(piece).__name__ for kind, piece in pieces.items()},
+        "settings": {
+            f"{kind}.{field.name}": getattr(piece, field.name)
+            for kind, piece in pieces.items()
+            for field in dataclasses.fields(piece)
+        },
+        "paper": dataclasses.asdict(method.paper),
+        "summary": method.summary,
+        "equation": method.equation,
+        "traps": list(method.traps),
+    }
+
+
+def _walk() -> None:
+    """Import every module below this package, and every plug-in, once."""
+    global _walked
+    if _walked:
+        return
+    _walked = True
+    package = importlib.import_module(__package__)
+    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
+        importlib.import_module(module.name)
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            found = point.load()
+        except Exception as error:
+            warnings.warn(f"method plug-in {point.name!r} was skipped: {error}", stacklevel=2)
+            continue
+        if isinstance(found, Method):
+            register(found)

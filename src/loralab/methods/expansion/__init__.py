@@ -1,0 +1,1 @@
+"""More rank from the same parameters."""

@@ -1,0 +1,104 @@
+"""LoRA, arXiv 2106.09685, section 4.1: h = W0 x + (α / r) B A x, with A random and B = 0.
+
+The paper draws A from a Gaussian; the authors' code (and PEFT) use Kaiming-uniform with a = √5,
+which is U(±1/√n) for n inputs. The code's draw is the one all later papers compare with.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loralab.errors import UserError, near_misses
+from loralab.methods import register
+from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+
+SCALES = {
+    "alpha/r": lambda alpha, r: alpha / r,
+    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
+}
+
+
+def uniform(evidence: Evidence, purpose: str, *shape: int, bound: float) -> Tensor:
+    """Return U(±bound) in W's dtype; drawn in fp64, so that the dtype does not change the draw."""
+    draw = torch.rand(*shape, generator=evidence.generator(purpose), dtype=torch.float64)
+    return ((2 * draw - 1) * bound).to(evidence.weight)
+
+
+def plain_pair(site: Site, evidence: Evidence) -> Tensors:
+    """Return LoRA's start: A ~ U(±1/√n) [r, n] and B = 0 [m, r]."""
+    return {
+        "A": uniform(evidence, "A", site.rank, site.d_in, bound=site.d_in**-0.5),
+        "B": evidence.weight.new_zeros(site.d_out, site.rank),
+    }
+
+
+def scale_of(scaling: str, alpha: float, rank: int) -> float:
+    """Return s for one of the names in `SCALES`."""
+    return SCALES[scaling](alpha, rank)
+
+
+def check_scaling(scaling: str) -> None:
+    """Raise UserError unless `scaling` is one of `SCALES`."""
+    if scaling not in SCALES:
+        hint = near_misses(scaling, SCALES) or f"; one of {', '.join(SCALES)}"
+        raise UserError(f"unknown scaling {scaling!r}{hint}")
+
+
+@dataclass(frozen=True)
+class LoRA(Form):
+    """One pair A, B.
+
+    Args:
+        scaling: how s follows from alpha and r: "alpha/r" or "alpha/sqrt(r)".
+        alpha_base: c in the default alpha c·r^alpha_power, used when the user gives no alpha.
+        alpha_power: see `alpha_base`; 1 with c = 1 gives s = 1 under "alpha/r".
+    """
+
+    pair: ClassVar[bool] = True
+    owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+
+    scaling: str = "alpha/r"
+    alpha_base: float = 1.0
+    alpha_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_scaling(self.scaling)
+
+    def default_alpha(self, rank: int) -> float:
+        return self.alpha_base * rank**self.alpha_power
+
+    def scale(self, alpha: float, rank: int) -> float:
+        return scale_of(self.scaling, alpha, rank)
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        return plain_pair(site, evidence)
+
+    def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        return t["B"], t["A"]
+
+
+register(
+    Method(
+        name="lora",
+        axis="expansion",
+        recipe=Recipe(LoRA()),
+        paper=Paper(
+            title="LoRA: Low-Rank Adaptation of Large Language Models",
+            authors="Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, "
+            "Shean Wang, Lu Wang, Weizhu Chen",
+            year=2021,
+            arxiv="2106.09685",
+            equation="eq. 3, section 4.1",
+            verified="equality with installed PEFT",
+        ),
+        summary="A trained pair of thin matrices beside each frozen weight",
+        equation="dW = (alpha / r) B A, A ~ U(±1/sqrt(n)), B = 0",
+        traps=(
+            "With B = 0 the gradient of A is zero at step 0, so A moves one step later than B.",
+            "The best learning rate depends on s = alpha / r; compare methods only at tuned rates.",
+        ),
+    )
+)

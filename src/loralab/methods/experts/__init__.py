@@ -1,0 +1,1 @@
+"""Several adapters and a choice between them."""

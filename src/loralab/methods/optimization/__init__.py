@@ -1,0 +1,1 @@
+"""How the update moves: scales, rules, decompositions."""

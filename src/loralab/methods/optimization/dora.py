@@ -1,0 +1,75 @@
+"""DoRA, arXiv 2402.09353, eqs. 5 and 11: W' = m (W0 + B A) / ‖W0 + B A‖, m = ‖W0‖ at the start.
+
+The norm is per output (the paper's columns of a transposed W are our rows), and section 4.3 holds
+it constant in the backward pass.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loralab.core.stopgrad import stop_gradient
+from loralab.methods import register
+from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
+from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+
+
+@dataclass(frozen=True)
+class DoRA(Form):
+    """LoRA's pair for the direction and a magnitude m [out] per row.
+
+    Args:
+        detach_norm: hold the norm constant in the backward pass, as the paper does.
+        scaling: as in LoRA.
+    """
+
+    pair: ClassVar[bool] = True
+    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "m"})
+
+    detach_norm: bool = True
+    scaling: str = "alpha/r"
+
+    def __post_init__(self) -> None:
+        check_scaling(self.scaling)
+
+    def scale(self, alpha: float, rank: int) -> float:
+        return scale_of(self.scaling, alpha, rank)
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        m = torch.linalg.vector_norm(evidence.weight, dim=-1)
+        return {**plain_pair(site, evidence), "m": m}
+
+    def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        return t["B"], t["A"]
+
+    def gain(self, t: Tensors, row_norm: Tensor) -> Tensor:
+        norm = stop_gradient(row_norm) if self.detach_norm else row_norm
+        # A row of zeros has m = 0 and norm = 0; its gain is 0, not 0/0.
+        return t["m"] / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+register(
+    Method(
+        name="dora",
+        axis="optimization",
+        recipe=Recipe(DoRA()),
+        paper=Paper(
+            title="DoRA: Weight-Decomposed Low-Rank Adaptation",
+            authors="Shih-Yang Liu, Chien-Yi Wang, Hongxu Yin, Pavlo Molchanov, "
+            "Yu-Chiang Frank Wang, Kwang-Ting Cheng, Min-Hung Chen",
+            year=2024,
+            arxiv="2402.09353",
+            equation="eqs. 5 and 11",
+            verified="equality with installed PEFT (use_dora)",
+        ),
+        summary="Trains the length of each weight row apart from its direction",
+        equation="W' = m (W + s B A) / |W + s B A| per output row, m0 = |W|",
+        traps=(
+            "The norm is over the inputs of each output row, not over the whole matrix.",
+            "The norm is constant in the backward pass; without that the gradient is another one.",
+            "m is neither A nor B: LoRA+'s ratio does not touch it.",
+        ),
+    )
+)

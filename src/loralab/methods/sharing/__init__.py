@@ -1,0 +1,1 @@
+"""One set of tensors for many layers."""
