@@ -2,7 +2,6 @@
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ class Task(abc.ABC):
     of all slots in one batch, so every method here returns one number per row.
     """
 
-    name: ClassVar[str] | str
-    metric: ClassVar[str] | str  # "exact match", "accuracy", "nll": what `scores` returns
-    higher_is_better: ClassVar[bool] | bool = True
+    name: str
+    metric: str  # "exact match", "accuracy", "nll": what `scores` returns
+    higher_is_better: bool = True
 
     @abc.abstractmethod
     def size(self, split: str) -> int:
