@@ -72,6 +72,7 @@ class Form:
     owns: ClassVar[frozenset[str]] = frozenset()  # tensors that a Rule may single out by name
     frozen: ClassVar[frozenset[str]] = frozenset()  # tensors never trained
     shared: ClassVar[frozenset[str]] = frozenset()  # one tensor for all sites, sized by the largest
+    dense: ClassVar[bool] = False  # may keep a W-sized temporary per slot for backward
     any_rank: ClassVar[bool] = False  # the rank may exceed the layer's smaller side
 
     def default_alpha(self, rank: int) -> float:
@@ -158,6 +159,7 @@ class SiteState:
     t: Tensors
     g: Tensors
     state: Tensors
+    first: int = 0  # the pack's number of its first slot
 
     def restart(self, count: int) -> None:
         """Fold the present update into a frozen low-rank term and start A, B anew (ReLoRA).
@@ -191,6 +193,7 @@ class Schedule:
     """What changes over time? The default changes nothing."""
 
     pair_only: ClassVar[bool] = False  # fits Forms with `pair`
+    singles_out: ClassVar[frozenset[str]] = frozenset()  # fits Forms that own all of these
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         """Return a factor on the learning rate of 0-based `step`, beside the trainer's schedule."""

@@ -1,0 +1,79 @@
+"""Which rows of a batch belong to which slot."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from loralab.errors import UserError
+
+
+class Layout:
+    """Shared by all adapted layers of a pack.
+
+    Attributes:
+        rows: rows per slot of the model's present input, or None for equal shares.
+        seeds: trial seeds per slot, for dropout.
+        step: the training step that dropout draws for; None takes torch's global stream, which
+            activation checkpointing knows how to replay.
+        disabled: run the bare base.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        self.rows: list[int] | None = None
+        self.step: int | None = None
+        self.disabled = False
+        self._last_cast: tuple[weakref.ref[Tensor], Tensor] | None = None
+
+    @property
+    def size(self) -> int:
+        """Return the number of slots."""
+        return len(self.seeds)
+
+    def rows_of(self, n: int) -> list[int]:
+        """Return the rows per slot of a tensor whose first axis has length n.
+
+        A module that folds tokens into the first axis has a whole multiple of the rows.
+        """
+        rows = self.rows or [1] * self.size
+        total = sum(rows)
+        if n % total:
+            raise UserError(
+                f"a batch of {n} rows cannot be shared by {self.size} slots; give each slot its "
+                "rows with `with pack.rows([...])`, batch first"
+            )
+        return [r * (n // total) for r in rows]
+
+    def counts(self, n_rows: int, n_flat: int) -> list[int]:
+        """Return flattened rows per slot for an input of n_rows x (n_flat / n_rows) vectors."""
+        per_row = n_flat // max(n_rows, 1)
+        return [r * per_row for r in self.rows_of(n_rows)]
+
+    @contextlib.contextmanager
+    def using(self, rows: Sequence[int]) -> Iterator[None]:
+        """Set the rows per slot for the calls inside."""
+        if len(rows) != self.size:
+            raise UserError(f"{len(rows)} row counts for {self.size} slots; give one per slot")
+        before, self.rows = self.rows, list(rows)
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x in `dtype`, the same tensor for all layers that read the same x.
+
+        Under autocast every layer would otherwise keep its own low-precision copy for backward.
+        """
+        if x.dtype == dtype or x.dtype == torch.float64:
+            return x
+        base = x._base if x._base is not None else x
+        if self._last_cast is not None and self._last_cast[0]() is base:
+            if self._last_cast[1].shape == x.shape:
+                return self._last_cast[1]
+        out = x.to(dtype)
+        self._last_cast = (weakref.ref(base), out)
+        return out

@@ -1,0 +1,151 @@
+"""Adapted layers: a module keeps its identity and weight and changes class while adapted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from loralab.core.bank import Bank
+from loralab.core.layers import weight_of
+from loralab.core.layout import Layout
+from loralab.seeds import generator
+
+_classes: dict[type, type] = {}
+
+
+class Adapted:
+    """Mixed into a layer's class: its `loralab` child decides what the layer computes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output under the slots of the pack that is attached."""
+        return self.loralab(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def attach(module: nn.Module, adapter: nn.Module) -> None:
+    """Make `module` run through `adapter`. The class changes; weights and names stay."""
+    cls = type(module)
+    if cls not in _classes:
+        _classes[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": __name__})
+    module.__class__ = _classes[cls]
+    module.add_module("loralab", adapter)
+
+
+def detach(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    module.__class__ = type(module).__mro__[2]
+    del module._modules["loralab"]
+
+
+def base_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the layer as it was before `attach`."""
+    return type(module).__mro__[2].forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+class LinearSite(nn.Module):
+    """The banks at one linear layer. Banks cover stretches of the pack's slots; others run bare."""
+
+    def __init__(self, name: str, layout: Layout, banks: Sequence[tuple[int, Bank]]) -> None:
+        super().__init__()
+        self.name, self.layout = name, layout
+        self.first = [lo for lo, _ in banks]
+        self.banks = nn.ModuleList([bank for _, bank in banks])
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return the layer's output, [..., out], for x [rows, ..., in], slot-major."""
+        if self.layout.disabled:
+            return base_forward(module, x)
+        y = base_forward(module, x)
+        x2, y2 = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        x2 = self.layout.cast(x2, y2.dtype)
+        counts = self.layout.counts(x.shape[0], len(x2))
+        weight, bias = weight_of(module), getattr(module, "bias", None)
+        parts, row, slot = [], 0, 0
+        for lo, bank in zip(self.first, self.banks, strict=True):
+            skipped, own = sum(counts[slot:lo]), sum(counts[lo : lo + bank.size])
+            if skipped:
+                parts.append(y2[row : row + skipped])
+            row, slot = row + skipped, lo + bank.size
+            inputs = self._dropped(x2[row : row + own], bank, lo, counts)
+            out = y2[row : row + own]
+            parts.append(bank(inputs, out, weight, bias, counts[lo:slot]))
+            row += own
+        if row < len(y2):
+            parts.append(y2[row:])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
+
+    def _dropped(self, x: Tensor, bank: Bank, first: int, counts: Sequence[int]) -> Tensor:
+        """Apply LoRA's input dropout with one random stream per (slot, site, step)."""
+        if not (bank.dropout and self.training):
+            return x
+        layout, keep = self.layout, 1 - bank.dropout
+        if layout.step is None:
+            return nn.functional.dropout(x, bank.dropout)
+        masks = [
+            torch.rand(
+                counts[first + k], x.shape[-1],
+                generator=generator(layout.seeds[first + k], self.name, "dropout", layout.step),
+            )
+            for k in range(bank.size)
+        ]
+        return x * ((torch.cat(masks) < keep).to(x) / keep)
+
+
+class TrainedSite(nn.Module):
+    """A module trained whole, one copy per slot (`modules_to_train`): heads, norms, embeddings."""
+
+    def __init__(self, module: nn.Module, layout: Layout, slots: Sequence[int]) -> None:
+        super().__init__()
+        self.layout, self.slots = layout, list(slots)
+        self.names = [n for n, _ in module.named_parameters(recurse=False)]
+        for name, value in module.named_parameters(recurse=False):
+            copies = torch.stack([value.detach()] * len(self.slots)).clone()
+            self.register_parameter(name, nn.Parameter(copies))
+
+    @property
+    def size(self) -> int:
+        """Return the number of copies."""
+        return len(self.slots)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the copies by parameter name, [K, ...]."""
+        return {n: getattr(self, n) for n in self.names}
+
+    def forward(self, module: nn.Module, *args: Any) -> Any:
+        """Run each slot's rows through its own copy."""
+        (x,) = args
+        layout, own = self.layout, self.tensors()
+        if layout.disabled:
+            return base_forward(module, x)
+        counts = layout.rows_of(x.shape[0])
+        if len(set(counts)) == 1 and len(counts) == self.size:
+            xs = x.unflatten(0, (self.size, -1))
+            if self.size == 1:
+                return self._call(module, {n: v[0] for n, v in own.items()}, xs[0])
+            run = vmap(lambda t, rows: self._call(module, t, rows), randomness="different")
+            return run(own, xs).flatten(0, 1)
+        parts = []
+        for slot, rows in enumerate(x.split(list(counts))):
+            if slot in self.slots:
+                t = {n: v[self.slots.index(slot)] for n, v in own.items()}
+                parts.append(self._call(module, t, rows))
+            else:
+                parts.append(base_forward(module, rows))
+        return torch.cat(parts)
+
+    @staticmethod
+    def _call(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        bare = _Bare(module)
+        return functional_call(bare, {f"module.{n}": v for n, v in tensors.items()}, (x,))
+
+
+class _Bare(nn.Module):
+    """Calls a layer's own forward, past its adapter."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return base_forward(self.module, x)

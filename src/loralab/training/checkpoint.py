@@ -1,0 +1,94 @@
+"""A running pack on disk: one safetensors file with its books as JSON in the header."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from loralab.errors import UserError
+from loralab.training.outcome import Outcome
+
+if TYPE_CHECKING:
+    from loralab.training.loop import _Run
+
+FORMAT = "loralab pack checkpoint 1"
+
+
+def save_checkpoint(path: Path, run: "_Run") -> None:
+    """Write all that decides the rest of the run; the old file stays until the new is complete."""
+    run.share_time()
+    tensors = {f"pack/{n}": t for n, t in _pack_tensors(run).items()}
+    tensors |= {f"rule/{n}": t for n, t in run.optimizer.tensors().items()}
+    tensors["sums"], tensors["active"] = run.sums, run.active
+    books = {
+        "format": FORMAT,
+        "step": run.step,
+        "trials": [t.id for t in run.given],
+        "present": run.present,
+        "shown": [repr(x) for x in run.shown],
+        "peak_bytes": run.memory.peak_bytes,
+        "anchored": [bank.anchored for _, bank in run.pack.banks()],
+        "outcomes": [dataclasses.asdict(o) for o in run.outcomes],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    contiguous = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    save_file(contiguous, temporary, metadata={"books": json.dumps(books)})
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, run: "_Run") -> None:
+    """Put a fresh run where the checkpoint left off.
+
+    Raises:
+        UserError: the file is damaged or belongs to other trials.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            books = json.loads((file.metadata() or {})["books"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}); delete it to start the pack anew"
+        ) from error
+    if books["format"] != FORMAT or books["trials"] != [t.id for t in run.given]:
+        raise UserError(f"checkpoint {path} is of other trials; delete it to start the pack anew")
+    run.keep([run.present.index(i) for i in books["present"]])
+    run.step, run.shown = books["step"], [float(x) for x in books["shown"]]
+    run.outcomes = [
+        Outcome(**o | {"curve": [tuple(point) for point in o["curve"]]}) for o in books["outcomes"]
+    ]
+    run.sums, run.active = tensors.pop("sums"), tensors.pop("active")
+    run.memory.restore(books["peak_bytes"])
+    for (_, bank), anchored in zip(run.pack.banks(), books["anchored"], strict=True):
+        bank.anchored = anchored
+    _put(run, _with_prefix(tensors, "pack/"))
+    rule = _with_prefix(tensors, "rule/")
+    run.optimizer.load_tensors({n: t.to(run.device) for n, t in rule.items()})
+
+
+def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the entries whose names begin with `prefix`, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _pack_tensors(run: "_Run") -> dict[str, torch.Tensor]:
+    """Return every parameter and buffer of the pack, the non-persistent ones as well."""
+    named = dict(run.pack.named_parameters())
+    return named | {n: b for n, b in run.pack.named_buffers() if b is not None}
+
+
+@torch.no_grad()
+def _put(run: "_Run", saved: dict[str, torch.Tensor]) -> None:
+    now = _pack_tensors(run)
+    for name, tensor in saved.items():
+        if name in now and now[name].shape == tensor.shape:
+            now[name].copy_(tensor)
+        else:  # factors that restarts folded, which a fresh pack has not yet
+            owner, _, leaf = name.rpartition(".")
+            run.pack.get_submodule(owner)._buffers[leaf] = tensor.to(run.device)

@@ -1,0 +1,302 @@
+"""The packed loop: K trials, one frozen base, one forward and one backward a step."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from loralab.core.evidence import weight_gradients
+from loralab.core.pack import Pack, SlotSpec
+from loralab.errors import UserError
+from loralab.study.trial import Trial
+from loralab.tasks.base import Task, to_device
+from loralab.training.checkpoint import load_checkpoint, save_checkpoint
+from loralab.training.early_stop import EarlyStop
+from loralab.training.memory import StepMemory
+from loralab.training.optimizer import PackOptimizer
+from loralab.training.outcome import Outcome
+from loralab.training.schedule import DataOrder, lr_factor
+
+Progress = Callable[[int, int, list[float]], None]
+
+# An adapter entry of this size has left every working range (learned entries stay below ten), but
+# normalisation layers keep the loss finite; without this test lr = 1e6 would "train" to the end.
+EXPLODED = 1e4
+
+
+@dataclass
+class TrainedPack:
+    """A trained pack, still attached to its model; slots in the order of the trials given."""
+
+    pack: Pack
+    task: Task
+    outcomes: list[Outcome]
+    slots: list[int | None]  # the pack's slot of each trial; None for one that left early
+
+    @torch.no_grad()
+    def evaluate(self, split: str, batch_size: int = 64) -> Tensor:
+        """Return the task's score of every item, [trials, n_items]; NaN rows for lost trials."""
+        n = self.task.size(split)
+        scores = torch.full((len(self.outcomes), n), float("nan"))
+        alive = [i for i, s in enumerate(self.slots) if s is not None]
+        if not alive:
+            return scores
+        model, training = self.pack.model, self.pack.model.training
+        model.eval()
+        try:
+            for lo in range(0, n, batch_size):
+                items = list(range(lo, min(lo + batch_size, n)))
+                with self.pack.rows([len(items)] * self.pack.size):
+                    found = self.task.scores(model, split, items, self.pack.size)
+                for i in alive:
+                    scores[i, lo : lo + len(items)] = found[self.slots[i]].float().cpu()
+        finally:
+            model.train(training)
+        for i, outcome in enumerate(self.outcomes):
+            if outcome.status == "diverged":
+                scores[i] = float("nan")
+        return scores
+
+    def close(self) -> None:
+        """Give the model back."""
+        self.pack.close()
+
+
+def slot_spec(trial: Trial) -> SlotSpec:
+    """Return the pack slot that a trial asks for.
+
+    Raises:
+        UserError: unknown method or setting, or a number out of range.
+    """
+    from loralab.methods import build
+
+    for name in ("lr", "weight_decay", "clip", "dropout", "warmup"):
+        if not getattr(trial, name) >= 0:
+            raise UserError(f"{name} must not be negative, and {getattr(trial, name)} is")
+    if trial.lr == 0 or trial.steps < 1 or trial.batch_size < 1:
+        raise UserError(
+            f"a trial needs lr > 0, steps >= 1 and batch_size >= 1, not lr {trial.lr}, "
+            f"steps {trial.steps}, batch_size {trial.batch_size}"
+        )
+    return SlotSpec(
+        recipe=build(trial.method, **trial.swaps, **trial.settings),
+        rank=trial.rank,
+        alpha=trial.alpha,
+        seed=trial.seed,
+        targets=trial.targets,
+        dropout=trial.dropout,
+        modules_to_train=tuple(trial.modules_to_train),
+    )
+
+
+def train_pack(
+    model: nn.Module,
+    task: Task,
+    trials: Sequence[Trial],
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 50,
+    progress: Progress | None = None,
+    early_stop: EarlyStop | None = None,
+) -> TrainedPack:
+    """Train the trials together and return them, attached to the model.
+
+    Learning rate, seed, data order, decay, clipping and schedule are each slot's own. The loss of
+    a slot is the sum over its own valid tokens over their count; the gradient of one slot cannot
+    reach another. A slot that diverges is frozen where it is.
+
+    Args:
+        trials: equal in model, task and number of steps; batch sizes and methods may differ.
+        checkpoint: a file; if it exists, training goes on from it, bit for bit.
+        checkpoint_every: steps between checkpoints.
+        progress: called as progress(steps done, steps planned, present losses of all trials).
+        early_stop: the rule by which hopeless trials leave.
+
+    Raises:
+        UserError: trials that cannot be packed, or a checkpoint of other trials.
+    """
+    if len({t.steps for t in trials}) != 1:
+        raise UserError("trials of one pack need the same number of steps")
+    run = _Run(model, task, trials, early_stop)
+    if checkpoint is not None and checkpoint.exists():
+        load_checkpoint(checkpoint, run)
+    try:
+        while run.step < run.n_steps and run.alive():
+            run.advance()
+            if progress is not None:
+                progress(run.step, run.n_steps, run.shown)
+            if checkpoint is not None and run.step % checkpoint_every == 0:
+                save_checkpoint(checkpoint, run)
+    except BaseException:
+        run.pack.close()
+        raise
+    return run.finish()
+
+
+class _Run:
+    """The state of a running pack. Slots are trials sorted so that like ones share a bank."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, trials: Sequence[Trial], early_stop: EarlyStop | None
+    ) -> None:
+        self.began = time.perf_counter()
+        self.model, self.task, self.given = model, task, list(trials)
+        specs = [slot_spec(t) for t in trials]
+        self.order = sorted(range(len(trials)), key=lambda i: (_likeness(specs[i]), i))
+        self.trials = [trials[i] for i in self.order]
+        self.n_steps, self.step, self.early_stop = trials[0].steps, 0, early_stop
+        self.device = next(model.parameters()).device
+        self.data = [DataOrder(t.seed, task.size("train"), t.batch_size) for t in self.trials]
+        self.pack = Pack(model, [specs[i] for i in self.order], self._gradients)
+        self.optimizer = PackOptimizer(self.pack, self.n_steps)
+        n_params = self.pack.count_parameters()
+        self.outcomes = [
+            Outcome(t.id, n_params=n) for t, n in zip(self.trials, n_params, strict=True)
+        ]
+        self.present = list(range(len(trials)))  # the trial (sorted) in each slot
+        self.active = torch.ones(len(trials), dtype=torch.bool)
+        self.sums = torch.zeros(len(trials), dtype=torch.float64)
+        self.every = max(1, self.n_steps // 50)
+        self.shown = [float("nan")] * len(trials)
+        self.memory = StepMemory(self.device)
+        self.seconds = 0.0
+
+    def alive(self) -> bool:
+        """Return whether any slot still trains."""
+        return bool(self.active.any())
+
+    def advance(self) -> None:
+        """Make one step of every slot."""
+        started = time.perf_counter()
+        owners = [self.trials[i] for i in self.present]
+        items = [self.data[i].indices(self.step) for i in self.present]
+        batch = self.task.batch("train", [i for slot in items for i in slot])
+        batch = to_device(batch, self.device)
+        rows = [len(slot) for slot in items]
+        self.pack.layout.step = self.step
+        self.model.train()
+        self.optimizer.zero_grad()
+        with self.pack.rows(rows), self.memory:
+            sums, counts = self.task.losses(self.model, batch)
+            loss, tokens = slot_loss(sums, counts, rows)
+            active = self.active.to(loss.device)
+            objective = torch.where(active, loss, torch.zeros_like(loss)).sum()
+            penalty = self.pack.penalty()
+            if penalty is not None:
+                objective = objective + torch.where(active, penalty, 0.0).sum()
+            objective.backward()
+        self._update(loss.detach(), owners)
+        self._record(loss.detach().double().cpu(), tokens)
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        if self.early_stop is not None:
+            self._leave(self.early_stop.hopeless(self))
+
+    def _update(self, loss: Tensor, owners: Sequence[Trial]) -> None:
+        norm, largest = self.optimizer.collect()
+        lost = ~(torch.isfinite(loss) & torch.isfinite(norm) & (largest < EXPLODED))
+        for slot in torch.nonzero(lost.cpu() & self.active).flatten().tolist():
+            outcome = self.outcomes[self.present[slot]]
+            outcome.status, outcome.step = "diverged", self.step
+            outcome.reason = "non-finite or exploding loss, gradient or weights"
+        self.active &= ~lost.cpu()
+        active = self.active.to(norm.device)
+        clip = norm.new_tensor([t.clip if t.clip > 0 else float("inf") for t in owners])
+        factor = torch.where(active, (clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
+        self.optimizer.scale_gradients(factor)
+        rates = [
+            t.lr * lr_factor(t.schedule, t.warmup, self.step, self.n_steps) for t in owners
+        ]
+        lr = torch.where(active, norm.new_tensor(rates), 0.0)
+        decay = norm.new_tensor([t.weight_decay for t in owners])
+        self.optimizer.step(lr, decay, self.step)
+
+    def _record(self, loss: Tensor, tokens: Sequence[int]) -> None:
+        at_point = (self.step + 1) % self.every == 0 or self.step + 1 == self.n_steps
+        for slot, i in enumerate(self.present):
+            if not self.active[slot]:
+                continue
+            outcome, value = self.outcomes[i], float(loss[slot])
+            outcome.tokens += tokens[slot]
+            self.sums[i] += value
+            self.shown[self.order[i]] = value
+            if at_point:
+                last = outcome.curve[-1][0] if outcome.curve else 0
+                n = self.step + 1 - last
+                outcome.curve.append((self.step + 1, float(self.sums[i]) / n))
+                self.sums[i] = 0.0
+
+    def _leave(self, hopeless: dict[int, str]) -> None:
+        """Let slots go; their neighbours keep their tensors and order."""
+        if not hopeless:
+            return
+        for slot, reason in hopeless.items():
+            outcome = self.outcomes[self.present[slot]]
+            if outcome.status == "running":
+                outcome.status, outcome.step, outcome.reason = "stopped", self.step, reason
+        stay = [k for k in range(self.pack.size) if k not in hopeless]
+        self.share_time()
+        self.keep(stay)
+
+    def keep(self, stay: Sequence[int]) -> None:
+        """Keep only these slots."""
+        self.present = [self.present[k] for k in stay]
+        self.active = self.active[list(stay)]
+        if stay:
+            self.pack.keep(stay)
+            self.optimizer.keep(stay)
+
+    def share_time(self) -> None:
+        """Book the time since the last booking to the slots present, in equal shares."""
+        for i in self.present:
+            self.outcomes[i].seconds += self.seconds / len(self.present)
+        self.seconds = 0.0
+
+    def finish(self) -> TrainedPack:
+        """Close the books."""
+        self.pack.layout.step = None
+        if self.present:
+            self.share_time()
+        for i in self.present:
+            outcome = self.outcomes[i]
+            if outcome.status == "running":
+                outcome.status, outcome.step = "done", self.step
+            outcome.peak_bytes = self.memory.peak_bytes // len(self.trials)
+        back = {self.order[i]: i for i in range(len(self.trials))}
+        slot_of = {i: k for k, i in enumerate(self.present)}
+        outcomes = [self.outcomes[back[g]] for g in range(len(self.given))]
+        slots = [slot_of.get(back[g]) for g in range(len(self.given))]
+        self.optimizer.zero_grad()
+        return TrainedPack(self.pack, self.task, outcomes, slots)
+
+    def _gradients(self, spec: SlotSpec, names: list[str]) -> dict[str, Tensor]:
+        """Return the mean gradient over the first batches of the slot's own data order."""
+        trial = next(t for t in self.trials if t.seed == spec.seed)
+        order = DataOrder(trial.seed, self.task.size("train"), trial.batch_size)
+        n = getattr(spec.recipe.start, "n_batches", 8)
+        batches = (self.task.batch("train", order.indices(i)) for i in range(n))
+        return weight_gradients(
+            self.model, names, (to_device(b, self.device) for b in batches), self._mean_loss
+        )
+
+    def _mean_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        sums, counts = self.task.losses(model, batch)
+        return sums.sum() / counts.sum()
+
+
+def slot_loss(sums: Tensor, counts: Tensor, rows: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Return each slot's loss [K], summed over its own tokens over their count, and the counts."""
+    parts = [
+        (s.sum(), c.sum()) for s, c in zip(sums.split(list(rows)), counts.split(list(rows)))
+    ]
+    n = torch.stack([c for _, c in parts])
+    total = torch.stack([s for s, _ in parts])
+    return total / n.clamp_min(1), [int(c) for c in n]
+
+
+def _likeness(spec: SlotSpec) -> str:
+    """Return a key that puts slots with equal banks side by side."""
+    return repr((*spec.bank_key(""), spec.targets, spec.modules_to_train))

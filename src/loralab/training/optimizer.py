@@ -1,0 +1,167 @@
+"""The Rules and Schedules of a pack, applied; and the torch Optimizer of a single adapter."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.core.bank import Bank
+from loralab.core.pack import Pack
+from loralab.core.sites import TrainedSite
+from loralab.errors import UserError
+from loralab.recipe import Hyper, NoSchedule, Rule, Schedule, Site, SiteState, Tensors
+from loralab.training.adamw import AdamW, per_slot
+
+
+class BankState(SiteState):
+    """A bank as its Rule and Schedule see it."""
+
+    def __init__(self, bank: Bank, pack: Pack, name: str, first: int) -> None:
+        self.site, self.state, self.g = bank.site, {}, {}
+        self._bank, self._pack, self._name, self.first = bank, pack, name, first
+
+    @property
+    def t(self) -> Tensors:  # type: ignore[override]
+        """Return the trained tensors; read afresh, for a restart or a move replaces them."""
+        return {n: getattr(self._bank, n) for n in self._bank.trained}
+
+    def restart(self, count: int) -> None:
+        """Fold the update and start A and B anew; the Rule's memory is the Schedule's to clear."""
+        bank = self._bank
+        fresh = [
+            self._pack.fresh(self._name, self.first + k, count) for k in range(bank.size)
+        ]
+        own = [n for n in bank.names if n not in bank.form.shared]
+        bank.restart({n: torch.stack([f[n] for f in fresh]) for n in own})
+
+
+class WholeState(SiteState):
+    """A module trained whole, as the Rule sees it."""
+
+    def __init__(self, name: str, whole: TrainedSite) -> None:
+        self.site, self.state, self.g = Site(name, 0, 0, 0), {}, {}
+        self._whole = whole
+
+    @property
+    def t(self) -> Tensors:  # type: ignore[override]
+        """Return the copies."""
+        return self._whole.tensors()
+
+
+class Group:
+    """Sites whose slots lo to hi share a Rule and a Schedule: one call steps them all."""
+
+    def __init__(self, rule: Rule, schedule: Schedule, slots: Sequence[int]) -> None:
+        self.rule, self.schedule, self.slots = rule, schedule, list(slots)
+        self.states: list[SiteState] = []
+
+
+class PackOptimizer:
+    """Steps every slot of a pack with its own learning rate, decay and clipping.
+
+    Args:
+        n_steps: planned optimizer steps, which Schedules need; None where they are not known.
+    """
+
+    def __init__(self, pack: Pack, n_steps: int | None = None) -> None:
+        self.pack, self.n_steps = pack, n_steps
+        self.groups = _groups(pack)
+        if n_steps is None:
+            for group in self.groups:
+                if not isinstance(group.schedule, NoSchedule):
+                    raise UserError(
+                        f"{type(group.schedule).__name__} plans over the whole run; pass n_steps="
+                    )
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        """Read the gradients; return their norm per slot [K] and the largest entry |theta| [K]."""
+        device = next(iter(self.pack.trainable().values())).device
+        squares = torch.zeros(self.pack.size, device=device)
+        largest = torch.zeros(self.pack.size, device=device)
+        for group in self.groups:
+            index = torch.tensor(group.slots, device=device)
+            for state in group.states:
+                tensors = state.t
+                state.g = {
+                    n: p.grad if p.grad is not None else torch.zeros_like(p)
+                    for n, p in tensors.items()
+                }
+                for n, p in tensors.items():
+                    g = state.g[n].flatten(1)
+                    squares.index_add_(0, index, g.float().square().sum(1))
+                    top = p.detach().flatten(1).abs().amax(1).float()
+                    largest[index] = torch.maximum(largest[index], top)
+        return squares.sqrt(), largest
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply slot k's gradients by factor[k]; a factor of 0 also clears NaN."""
+        for group in self.groups:
+            own = factor[group.slots]
+            if bool((own == 1).all()):
+                continue
+            for state in group.states:
+                for g in state.g.values():
+                    f = per_slot(own, g).to(g.dtype)
+                    g.copy_(torch.where(f == 0, torch.zeros_like(g), g * f))
+
+    @torch.no_grad()
+    def step(self, lr: Tensor, weight_decay: Tensor, step: int) -> None:
+        """Apply one step of every Rule, then let the Schedules act.
+
+        Args:
+            lr, weight_decay: per slot, [K]; lr before the Schedules' own factors.
+            step: 0-based number of this step.
+        """
+        total = self.n_steps if self.n_steps is not None else step + 1
+        for group in self.groups:
+            rate = lr[group.slots] * group.schedule.lr_factor(step, total)
+            group.rule.step(group.states, Hyper(rate, weight_decay[group.slots]))
+            group.schedule.after_step(group.states, step, total)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for p in self.pack.parameters():
+            p.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every memory tensor by a stable name, for checkpoints."""
+        return {
+            f"{i}/{j}/{name}": tensor
+            for i, group in enumerate(self.groups)
+            for j, state in enumerate(group.states)
+            for name, tensor in state.state.items()
+        }
+
+    def load_tensors(self, saved: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for key, tensor in saved.items():
+            i, j, name = key.split("/", 2)
+            self.groups[int(i)].states[int(j)].state[name] = tensor
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Follow `pack.keep(slots)`: keep the memory of these slots only."""
+        new = {k: i for i, k in enumerate(slots)}
+        for group in self.groups:
+            own = [i for i, k in enumerate(group.slots) if k in new]
+            group.slots = [new[group.slots[i]] for i in own]
+            for state in group.states:
+                state.state = {n: v[own] for n, v in state.state.items()}
+                state.first = group.slots[0] if own else 0
+        self.groups = [g for g in self.groups if g.slots]
+
+
+def _groups(pack: Pack) -> list[Group]:
+    groups: dict[tuple, Group] = {}
+    for name, site in zip(pack.names, pack.sites, strict=True):
+        for lo, bank in zip(site.first, site.banks, strict=True):
+            key = (lo, bank.size, bank.rule, bank.schedule)
+            if key not in groups:
+                groups[key] = Group(bank.rule, bank.schedule, range(lo, lo + bank.size))
+            groups[key].states.append(BankState(bank, pack, name, lo))
+    for name, whole in zip(pack.whole_names, pack.whole, strict=True):
+        key = ("whole", *whole.slots)
+        if key not in groups:
+            groups[key] = Group(AdamW(), NoSchedule(), whole.slots)
+        groups[key].states.append(WholeState(name, whole))
+    return list(groups.values())
