@@ -122,6 +122,7 @@ class Start:
     needs: ClassVar[frozenset[str]] = frozenset()  # of {"gradient"}: asks `adapt` for data
     pair_only: ClassVar[bool] = True  # fits Forms with `pair`; it returns A and B
     anchored: bool = False  # the update is dW(t) - dW(t0): step 0 is exactly the base
+    seeded: bool = True  # False: the same tensors for every seed, so trials may share one init
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return the tensors to replace, without pack axes."""

@@ -52,6 +52,11 @@ class PiSSA(Start):
 
     niter: int | None = None
 
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        """The exact SVD draws nothing."""
+        return self.niter is not None
+
     def __post_init__(self) -> None:
         if self.niter is not None and (not isinstance(self.niter, int) or self.niter < 0):
             raise UserError(f"niter of PiSSA counts power iterations, so it is not {self.niter!r}")

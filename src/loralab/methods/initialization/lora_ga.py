@@ -1,0 +1,93 @@
+"""LoRA-GA, arXiv 2407.05000, section 3: ∇W = U S Vᵀ; A, B from its singular vectors, both times
+m^¼/√γ with m the outputs, so that the first step of B A follows full fine-tuning's.
+
+Split "ArB2r" (the authors' default): A0 = (m^¼/√γ) V[:, :r]ᵀ, B0 = (m^¼/√γ) U[:, r:2r]. The scale
+is rsLoRA's and the start is anchored. PEFT's version of this name is another method: it multiplies
+B by the singular values and scales B alone.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from loralab.errors import UserError, near_misses
+from loralab.methods import register
+from loralab.methods.initialization.pissa import fast_svd
+from loralab.methods.optimization.rslora import RSLORA_FORM
+from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+
+# Which of the first 2r singular vectors go to A and to B, by the authors' names.
+SPLITS = {
+    "ArB2r": lambda r: (slice(0, r), slice(r, 2 * r)),
+    "A2rBr": lambda r: (slice(r, 2 * r), slice(0, r)),
+    "ArBr": lambda r: (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+}
+
+
+@dataclass(frozen=True)
+class LoRAGA(Start):
+    """Singular vectors of the gradient at the base.
+
+    Args:
+        gamma: γ, positive; larger starts smaller.
+        split: one of `SPLITS`.
+        niter: power iterations of the fast SVD with a sketch of 4r, as in the authors' code; None
+            for the exact SVD.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    anchored: ClassVar[bool] = True
+
+    gamma: float = 16.0
+    split: str = "ArB2r"
+    niter: int | None = 4
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise UserError(f"gamma of LoRA-GA must be positive, not {self.gamma!r}")
+        if self.split not in SPLITS:
+            hint = near_misses(self.split, SPLITS) or f"; one of {', '.join(SPLITS)}"
+            raise UserError(f"unknown split {self.split!r} of LoRA-GA{hint}")
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        G, r = evidence.gradient, site.rank
+        if G is None:
+            raise UserError("LoRA-GA looks at gradients: give `data`, an iterable of batches")
+        if 2 * r > min(G.shape):
+            raise UserError(
+                f"LoRA-GA takes 2 x rank singular vectors, so rank {r} is too large for layer "
+                f"{site.name} ({site.d_out} x {site.d_in}); use at most {min(G.shape) // 2}"
+            )
+        if self.niter is None:
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        else:
+            sketch = evidence.generator("sketch")
+            U, _, Vh = fast_svd(G, 2 * r, self.niter, sketch, oversample=2 * r)
+        rows, columns = SPLITS[self.split](r)
+        factor = site.d_out**0.25 / self.gamma**0.5
+        return {"A": factor * Vh[rows], "B": factor * U[:, columns]}
+
+
+register(
+    Method(
+        name="lora_ga",
+        axis="initialization",
+        recipe=Recipe(RSLORA_FORM, LoRAGA()),
+        paper=Paper(
+            title="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+            authors="Shaowen Wang, Linxi Yu, Jian Li",
+            year=2024,
+            arxiv="2407.05000",
+            equation="section 3 and algorithm 1",
+            verified="authors' code (Outsider565/LoRA-GA, lora_ga_init, scale stable)",
+        ),
+        summary="Starts along the leading singular directions of the gradient",
+        equation="A0 = (m^1/4 / sqrt(gamma)) V[:, :r]^T, B0 = (m^1/4 / sqrt(gamma)) U[:, r:2r]",
+        traps=(
+            "m is the number of outputs, for both factors.",
+            "The singular values play no part: A0 and B0 have orthogonal rows and columns.",
+            "The scale is alpha / sqrt(r); with alpha / r the start is sqrt(r) too small.",
+        ),
+    )
+)

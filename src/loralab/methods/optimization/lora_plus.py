@@ -1,0 +1,64 @@
+"""LoRA+, arXiv 2402.12354, section 4: η_B = λ η_A with λ > 1, by default 2⁴ = 16.
+
+In the infinite-width limit the output moves by Θ(1) only if η_B / η_A grows with the width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loralab.errors import UserError
+from loralab.methods import register
+from loralab.methods.expansion.lora import LoRA
+from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
+from loralab.training.adamw import adamw_step
+
+
+@dataclass(frozen=True)
+class LoRAPlus(Rule):
+    """AdamW with a larger learning rate for B.
+
+    Args:
+        ratio: η_B / η_A, positive. The trial's learning rate is η_A.
+    """
+
+    singles_out: ClassVar[frozenset[str]] = frozenset({"B"})
+
+    ratio: float = 16.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 0:
+            raise UserError(f"ratio of LoRA+ must be positive, not {self.ratio!r}")
+
+    def lr_ratio(self, name: str) -> float:
+        # B alone: DoRA's magnitude and every other tensor keep the trial's rate.
+        return self.ratio if name == "B" else 1.0
+
+    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
+        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
+
+
+register(
+    Method(
+        name="lora_plus",
+        axis="optimization",
+        recipe=Recipe(LoRA(), rule=LoRAPlus()),
+        paper=Paper(
+            title="LoRA+: Efficient Low Rank Adaptation of Large Models",
+            authors="Soufiane Hayou, Nikhil Ghosh, Bin Yu",
+            year=2024,
+            arxiv="2402.12354",
+            equation="section 4, λ = 2^4",
+            verified="installed PEFT's optimizer and the survey arXiv 2601.22708",
+        ),
+        summary="Trains B with 16 times the learning rate of A",
+        equation="lr_B = 16 lr_A",
+        traps=(
+            "The reported learning rate is A's; at equal rate B moves 16 times faster than LoRA's.",
+            "Weight decay is decoupled, so B also decays 16 times faster.",
+        ),
+    )
+)
