@@ -55,12 +55,13 @@ def check(recipe: Recipe) -> Recipe:
                 f"and {form} is not; choose another form or another {kind}"
             )
     owned = recipe.form.owns | ({"A", "B"} if recipe.form.pair else set())
-    missing = sorted(recipe.rule.singles_out - owned)
-    if missing:
-        raise UserError(
-            f"rule {type(recipe.rule).__name__} treats tensor {', '.join(missing)} apart, "
-            f"and form {form} has none of that name; choose another form or another rule"
-        )
+    for kind in ("rule", "schedule"):
+        missing = sorted(pieces[kind].singles_out - owned)
+        if missing:
+            raise UserError(
+                f"{kind} {type(pieces[kind]).__name__} treats tensor {', '.join(missing)} apart, "
+                f"and form {form} has none of that name; choose another form or another {kind}"
+            )
     return recipe
 
 

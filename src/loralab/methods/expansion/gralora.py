@@ -1,0 +1,94 @@
+"""GraLoRA, arXiv 2505.20355, section 3: dW = s [B_ij A_ij], a k x k grid of pairs of rank r / k.
+
+Block (i, j) maps the j-th part of the inputs to the i-th part of the outputs. The A of one input
+part are stored side by side, so that k thick products replace k² thin ones.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loralab.errors import UserError
+from loralab.methods import register
+from loralab.methods.expansion.lora import uniform
+from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+
+
+@dataclass(frozen=True)
+class GraLoRA(Form):
+    """A grid of pairs with LoRA's parameter count and up to k times its rank.
+
+    Args:
+        k: parts per side; the paper takes 2 up to rank 32 and 4 above.
+        hybrid_rank: how many of the r ranks go to one ordinary pair (the paper's Hybrid GraLoRA).
+    """
+
+    owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+
+    k: int = 2
+    hybrid_rank: int = 0
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        """Return A [k, in/k, g] and B [k, g, out/k] with g = r - hybrid_rank (PEFT's layout).
+
+        Raises:
+            UserError: inputs, outputs or g are not multiples of k.
+        """
+        k, g = self.k, site.rank - self.hybrid_rank
+        sizes = {"inputs": site.d_in, "outputs": site.d_out, "rank": g}
+        for what, size in sizes.items():
+            if size % k or size < k:
+                raise UserError(
+                    f"GraLoRA with k = {k} cannot adapt {site.name}: its {what} ({size}) cannot be "
+                    f"divided into {k} equal parts; choose another k or rank, or leave it out"
+                )
+        n = site.d_in // k
+        t = {
+            "A": uniform(evidence, "A", k, n, g, bound=n**-0.5),
+            "B": evidence.weight.new_zeros(k, g, site.d_out // k),
+        }
+        if self.hybrid_rank:
+            h = self.hybrid_rank
+            t["A_hybrid"] = uniform(evidence, "A_hybrid", h, site.d_in, bound=site.d_in**-0.5)
+            t["B_hybrid"] = evidence.weight.new_zeros(site.d_out, h)
+        return t
+
+    def delta(self, t: Tensors, site: Site) -> Tensor:
+        A, B = t["A"].unflatten(-1, (self.k, -1)), t["B"].unflatten(-2, (self.k, -1))
+        # A[j, n, i, r] and B[i, j, r, m]: slice i of part j's columns feeds output part i.
+        D = torch.einsum("...jnir,...ijrm->...imjn", A, B).flatten(-2).flatten(-3, -2)
+        return D + t["B_hybrid"] @ t["A_hybrid"] if self.hybrid_rank else D
+
+    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
+        parts = x.unflatten(-1, (self.k, -1)).transpose(-3, -2)
+        h = (parts @ t["A"]).unflatten(-1, (self.k, -1))  # [j, tokens, i, r]
+        h = h.transpose(-4, -2).flatten(-2)  # [i, tokens, (j r)]
+        y = (h @ t["B"]).transpose(-3, -2).flatten(-2)
+        return y + (x @ t["A_hybrid"].mT) @ t["B_hybrid"].mT if self.hybrid_rank else y
+
+
+register(
+    Method(
+        name="gralora",
+        axis="expansion",
+        recipe=Recipe(GraLoRA()),
+        paper=Paper(
+            title="GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
+            authors="Yeonjoon Jung, Daehyun Ahn, Hyungjun Kim, Taesu Kim, Eunhyeok Park",
+            year=2025,
+            arxiv="2505.20355",
+            equation="section 3",
+            verified="authors' code (SqueezeBits/GraLoRA), equality with installed PEFT",
+        ),
+        summary="A k x k grid of small pairs instead of one pair: higher rank at LoRA's count",
+        equation="dW = s [B_ij A_ij], i, j = 1..k, each pair of rank r / k",
+        traps=(
+            "Slice i of input part j goes to output part i; without the exchange of i and j the "
+            "update is block-diagonal and of the wrong rank.",
+            "Inputs, outputs and rank must be multiples of k.",
+            "The hybrid ranks are part of r here and in the authors' code; PEFT adds them to r.",
+        ),
+    )
+)
