@@ -1,0 +1,3 @@
+"""The command line. `main` is the entry point; one file per family of commands."""
+
+from loralab.cli.app import main as main
