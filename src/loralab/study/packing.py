@@ -1,6 +1,7 @@
 """Which trials train together: packs of trials that share model, task and length."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from loralab.study.search import Planned
 
@@ -43,7 +44,7 @@ def _nearness(item: Planned, order: dict[str, int]) -> tuple[int, int, int, int,
 def _evenly(items: list[Planned], limit: int) -> list[list[Planned]]:
     n_packs = -(-len(items) // limit)
     ends = [round(i * len(items) / n_packs) for i in range(n_packs + 1)]
-    return [items[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [items[a:b] for a, b in pairwise(ends)]
 
 
 def halves(trials: Sequence[str]) -> list[list[str]]:

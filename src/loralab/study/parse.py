@@ -61,7 +61,7 @@ def parse(data: Mapping[str, Any], source: str) -> StudySpec:
         methods=methods,
         name=t.text("name", "study"),
         ranks=t.wholes("ranks", [8], low=1),
-        alpha=_alpha(t, "method"),
+        alpha=_alpha(t, "method") or "method",
         lr=_grid(t) or Grid(),
         batch_sizes=t.wholes("batch_sizes", [16], low=1),
         seeds=seeds,

@@ -30,6 +30,7 @@ class TrialResult:
         peak_bytes: this trial's share of its pack's peak memory.
         tokens: training tokens (or items) seen.
         step: the optimizer step at which it ended.
+        reason: why it was stopped or counts as diverged; empty otherwise.
     """
 
     trial: Trial
@@ -46,6 +47,7 @@ class TrialResult:
     peak_bytes: int = 0
     tokens: int = 0
     step: int = 0
+    reason: str = ""
 
     @property
     def key(self) -> Key:

@@ -1,0 +1,119 @@
+"""Between the store's rows and the study's dataclasses."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, delete, insert, select, update
+
+from loralab.study import schema
+from loralab.study.results import MethodChoice, StudyResults, TrialResult
+from loralab.study.trial import Trial
+
+_NUMBERS = ("seconds", "n_params", "peak_bytes", "tokens", "step", "reason", "status")
+Curve = list[tuple[int, float]]
+
+
+def trial_of(text: str) -> Trial:
+    """Return the Trial of the JSON of `Trial.to_dict()`."""
+    data = json.loads(text)
+    lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+    return Trial(**data | lists)
+
+
+def write(c: Connection, result: TrialResult) -> None:
+    """Store one finished trial, replacing what was stored of it."""
+    id_ = result.trial.id
+    values = {name: getattr(result, name) for name in _NUMBERS}
+    values |= {"validation": _finite(result.validation), "test": _finite(result.test)}
+    c.execute(update(schema.trials).where(schema.trials.c.id == id_).values(**values))
+    for table in (schema.curve, schema.items):
+        c.execute(delete(table).where(table.c.trial_id == id_))
+    if result.curve:
+        points = [{"trial_id": id_, "step": s, "loss": _finite(x)} for s, x in result.curve]
+        c.execute(insert(schema.curve), points)
+    for split in ("validation", "test"):
+        scores = getattr(result, f"{split}_items")
+        if scores is not None:
+            flat = np.asarray(scores, dtype="<f4")
+            row = {"trial_id": id_, "split": split, "n": len(flat), "scores": flat.tobytes()}
+            c.execute(insert(schema.items).values(**row))
+
+
+def _finite(value: float | None) -> float | None:
+    # PostgreSQL and JSON readers disagree about NaN, NULL they all have.
+    return value if value is not None and math.isfinite(value) else None
+
+
+def add_event(c: Connection, time: str, kind: str, detail: Mapping[str, Any]) -> None:
+    """Append an event."""
+    c.execute(insert(schema.events).values(time=time, kind=kind, detail=json.dumps(detail)))
+
+
+def replace_choices(c: Connection, choices: Sequence[MethodChoice]) -> None:
+    """Store the choices in place of the earlier ones."""
+    c.execute(delete(schema.choices))
+    for i, choice in enumerate(choices):
+        text = json.dumps(dataclasses.asdict(choice))
+        c.execute(insert(schema.choices).values(number=i, choice=text))
+
+
+def read(c: Connection, study: Mapping[str, Any], with_items: bool) -> StudyResults:
+    """Return all that is finished of the study whose row is `study`."""
+    t = schema.trials
+    query = select(t).where(t.c.status != "waiting").order_by(t.c.number)
+    found = c.execute(query).mappings().all()
+    curves = _curves(c) if with_items else {}
+    scores = _items(c) if with_items else {}
+    choices = c.execute(select(schema.choices.c.choice).order_by(schema.choices.c.number))
+    curvature = c.execute(select(schema.curvature.c.row).order_by(schema.curvature.c.number))
+    events = c.execute(select(schema.events).order_by(schema.events.c.id))
+    times = {name: study[name] for name in ("created", "finished")}
+    return StudyResults(
+        spec=study["spec"],
+        trials=[_result(dict(row), curves, scores) for row in found],
+        choices=[MethodChoice(**json.loads(text)) for text in choices.scalars()],
+        curvature=[json.loads(text) for text in curvature.scalars()],
+        environment=study["environment"] | times,
+        metric=study["metric"] or "",
+        higher_is_better=study["higher_is_better"] != 0,
+        events=[{"time": e.time, "kind": e.kind} | json.loads(e.detail) for e in events],
+    )
+
+
+def _result(
+    row: Mapping[str, Any],
+    curves: Mapping[str, Curve],
+    scores: Mapping[tuple[str, str], np.ndarray],
+) -> TrialResult:
+    id_ = row["id"]
+    return TrialResult(
+        trial=trial_of(row["trial"]),
+        label=row["label"],
+        stage=row["stage"],
+        validation=row["validation"],
+        test=row["test"],
+        validation_items=scores.get((id_, "validation")),
+        test_items=scores.get((id_, "test")),
+        curve=curves.get(id_, []),
+        **{name: row[name] for name in _NUMBERS},
+    )
+
+
+def _curves(c: Connection) -> dict[str, Curve]:
+    points: dict[str, Curve] = {}
+    table = schema.curve
+    for row in c.execute(select(table).order_by(table.c.trial_id, table.c.step)):
+        loss = math.nan if row.loss is None else row.loss
+        points.setdefault(row.trial_id, []).append((row.step, loss))
+    return points
+
+
+def _items(c: Connection) -> dict[tuple[str, str], np.ndarray]:
+    return {
+        (row.trial_id, row.split): np.frombuffer(row.scores, dtype="<f4", count=row.n)
+        for row in c.execute(select(schema.items))
+    }
