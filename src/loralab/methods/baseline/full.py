@@ -17,6 +17,8 @@ class Dense(Form):
     """A dense update; rank and alpha play no part."""
 
     owns: ClassVar[frozenset[str]] = frozenset({"D"})
+    dense: ClassVar[bool] = True
+    any_rank: ClassVar[bool] = True
 
     def scale(self, alpha: float, rank: int) -> float:
         return 1.0

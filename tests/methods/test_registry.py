@@ -1,0 +1,130 @@
+import json
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import loralab
+from loralab import methods
+from loralab.errors import UserError
+from loralab.methods import _registry, all_methods, build, get, register
+from loralab.recipe import Form, Method, Paper, Recipe, Rule, Schedule, Start
+
+
+def test_catalogue_is_plain_data_with_the_contract_keys():
+    rows = loralab.methods()
+    assert json.loads(json.dumps(rows)) == rows
+    assert {"name", "axes", "pieces", "paper"} <= set(rows[0])
+    assert len(rows) == len(all_methods()) >= 12
+    assert {r["name"] for r in loralab.methods(axis="initialization")} == {
+        r["name"] for r in rows if "initialization" in r["axes"]
+    }
+
+
+def test_every_method_file_registers_a_cited_method_of_its_folder():
+    root = Path(methods.__path__[0])
+    files = {
+        (info.name.split(".")[-2], info.name.split(".")[-1])
+        for info in pkgutil.walk_packages(methods.__path__, "loralab.methods.")
+        if not info.ispkg and not info.name.split(".")[-1].startswith("_")
+    }
+    assert files == {(m.axis, m.name) for m in all_methods().values()}
+    for method in all_methods().values():
+        paper = method.paper
+        assert paper.title and paper.authors and paper.equation and paper.verified
+        assert paper.arxiv or paper.venue
+        assert method.summary and method.equation and method.traps
+        source = (root / method.axis / f"{method.name}.py").read_text()
+        assert paper.arxiv in source.split('"""')[1] or method.axis == "baseline"
+
+
+@pytest.mark.parametrize("spelling", ["LoRA+", "lora-plus", "lora_plus", " Lora_Plus "])
+def test_names_are_forgiving(spelling):
+    assert get(spelling).name == "lora_plus"
+
+
+def test_aliases():
+    assert get("nzlora").name == "init_ab"
+    assert get("none").name == "full"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: get("dorra"), "unknown method 'dorra'; did you mean dora"),
+        (lambda: loralab.methods(axis="initialisation"), "did you mean initialization"),
+        (lambda: build("pissa", nitter=2), "'pissa' has no hyper-parameter 'nitter'.*niter"),
+        (lambda: build("lora", init="dora"), "'dora' brings no start of its own; these do:.*pissa"),
+        (lambda: build("lora", rule=3), "rule must be a Rule or a method's name, not 3"),
+        (lambda: build("lora_plus", ratio="big"), "'ratio' .* is a float .*not 'big'"),
+        (lambda: build("dora", detach_norm=1), "'detach_norm' .* is a bool"),
+        (lambda: build("rslora", scaling="alpha/sqr"), "unknown scaling"),
+        (lambda: build("full", init="pissa"), "start PiSSA needs a form made of one pair A, B"),
+        (lambda: build("full", schedule="relora"), "schedule ReLoRA needs a form made of one pair"),
+        (lambda: build("full", rule="loft"), "rule LoFT needs a form made of one pair"),
+        (lambda: build("full", rule="lora+"), "LoRAPlus treats tensor B apart, and form Dense has"),
+        (lambda: build("init_ab", gamma=0), "must be positive"),
+        (lambda: build("relora", memory="half"), "'prune' or 'zero'"),
+        (lambda: build("pissa", niter=-1), "power iterations"),
+        (lambda: build("lora_ga", split="ArB"), "unknown split 'ArB' of LoRA-GA; did you mean"),
+    ],
+)
+def test_mistakes_get_one_sentence(call, words):
+    with pytest.raises(UserError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_pieces_can_be_swapped_by_name_and_by_piece():
+    dude = build("dora", init="pissa", niter=4)
+    assert dude.form == get("dora").recipe.form
+    assert dude.start == type(get("pissa").recipe.start)(niter=4)
+    rule = get("lora_plus").recipe.rule
+    assert build("pissa", rule="lora+", ratio=8) == build("pissa", rule=type(rule)(ratio=8.0))
+    assert build("pissa", start="lora") == get("lora").recipe
+    assert loralab.recipe("dora", init="pissa", niter=4) == dude
+
+
+def test_a_field_that_two_pieces_share_must_say_which():
+    @dataclass(frozen=True)
+    class WithEps(Start):
+        eps: float = 1.0
+
+    with pytest.raises(UserError, match=r"ambiguous; write .start\.eps. or .rule\.eps."):
+        build("lora", init=WithEps(), eps=0.5)
+    recipe = build("lora", init=WithEps(), **{"init.eps": 0.5, "rule.eps": 1e-6})
+    assert (recipe.start.eps, recipe.rule.eps) == (0.5, 1e-6)
+
+
+def test_recipes_are_hashable_and_of_the_four_kinds():
+    for method in all_methods().values():
+        kinds = (Form, Start, Rule, Schedule)
+        assert all(
+            isinstance(p, k) for p, k in zip(method.recipe.pieces.values(), kinds, strict=True)
+        )
+        assert hash(method.recipe) == hash(build(method.name))
+
+
+def test_register_refuses_a_taken_name(monkeypatch):
+    monkeypatch.setattr(_registry, "_METHODS", dict(all_methods()))
+    monkeypatch.setattr(_registry, "_NAMES", dict(_registry._NAMES))
+    paper = Paper("t", "a", 2026, "0000.00000")
+    new = Method("my-own", "sharing", Recipe(Form()), paper, "s", "e")
+    register(new)
+    assert get("my_own") is new and register(new) is new
+    with pytest.raises(UserError, match="'none' is taken by 'full'"):
+        register(Method("other", "sharing", Recipe(Form()), paper, "s", "e", aliases=("none",)))
+
+
+def test_a_broken_plug_in_is_skipped_with_a_warning(monkeypatch):
+    class Broken:
+        name = "broken"
+
+        def load(self):
+            raise ImportError("no such module")
+
+    monkeypatch.setattr(_registry, "_walked", False)
+    monkeypatch.setattr(_registry, "entry_points", lambda group: [Broken()])
+    with pytest.warns(UserWarning, match="plug-in 'broken' was skipped: no such module"):
+        assert "lora" in all_methods()
