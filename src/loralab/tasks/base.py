@@ -45,7 +45,9 @@ def tile(batch: Batch, copies: int) -> Batch:
     """Return the batch repeated `copies` times along the rows, copy-major."""
     if copies == 1:
         return batch
-    return {name: tensor.repeat(copies, *(1,) * (tensor.dim() - 1)) for name, tensor in batch.items()}
+    return {
+        name: tensor.repeat(copies, *(1,) * (tensor.dim() - 1)) for name, tensor in batch.items()
+    }
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
