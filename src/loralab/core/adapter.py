@@ -1,0 +1,217 @@
+"""`loralab.adapt` and the Adapter it returns: a pack of one behind the interface users hold."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.core.bank import mergeable
+from loralab.core.evidence import Loss, model_loss, weight_gradients
+from loralab.core.merge import Merged
+from loralab.core.pack import Pack, SlotSpec
+from loralab.errors import UserError
+from loralab.recipe import Recipe
+
+
+def adapt(
+    model: nn.Module,
+    method: str | Recipe = "lora",
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "all-linear",
+    data: Iterable[Any] | None = None,
+    loss: Loss = model_loss,
+    seed: int = 0,
+    dropout: float = 0.0,
+    modules_to_train: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    **swaps_and_settings: Any,
+) -> "Adapter":
+    """Attach a low-rank adapter to `model` and return it; the base weights stay as they are.
+
+    The model's own parameters are frozen (`requires_grad=False`) until the adapter is removed, so
+    that any trainer finds just the adapter's tensors to train.
+
+    Args:
+        model: any nn.Module with nn.Linear or transformers Conv1D layers.
+        method: a name of the catalogue (`loralab.methods()`), or a Recipe.
+        rank: r, at least 1.
+        alpha: numerator of the scale s (s = alpha / r for LoRA); None takes the method's own rule,
+            alpha = r for most.
+        targets: "all-linear" (all but the output head), a suffix or list of suffixes or full
+            names, or a regular expression for whole names.
+        data: batches for starts that look at gradients; each is passed to `loss`.
+        loss: `loss(model, batch)` as a scalar; by default `model(**batch).loss`.
+        seed: decides every random draw, per site, whatever the order of layers.
+        dropout: probability on the input of the low-rank branch, in [0, 1).
+        modules_to_train: modules trained whole beside the adapter, such as a new head.
+        rank_pattern, alpha_pattern: other values for layers whose name a suffix or a regular
+            expression fits.
+        swaps_and_settings: pieces taken from elsewhere (`init="pissa"`, `rule="lora_plus"`,
+            `form=`, `schedule=`) and hyper-parameters of the pieces (`niter=16`).
+
+    Raises:
+        UserError: unknown method, target or setting; a rank larger than a layer; pieces that
+            cannot meet; a start that needs data and has none.
+
+    Example:
+        >>> import torch, loralab
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+        >>> adapter = loralab.adapt(model, "pissa", rank=2)
+        >>> sum(p.numel() for p in adapter.parameters())
+        32
+    """
+    if isinstance(method, Recipe):
+        if swaps_and_settings:
+            raise UserError("swaps and settings go into the Recipe itself when method is a Recipe")
+        recipe, name = method, ""
+    else:
+        from loralab.methods import build, get
+
+        recipe, name = build(method, **swaps_and_settings), get(method).name
+    spec = SlotSpec(
+        recipe=recipe,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        dropout=dropout,
+        modules_to_train=tuple(modules_to_train),
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+    )
+
+    def gradients(_: SlotSpec, names: list[str]) -> dict[str, Tensor]:
+        return weight_gradients(model, names, data or (), loss)
+
+    pack = Pack(model, [spec], gradients if data is not None else None)
+    return Adapter(pack, name)
+
+
+class Adapter:
+    """One adapter on a model.
+
+    Attributes:
+        pack: the pack of one that does the work.
+        method: the method's name, or an empty string for a Recipe of the user's own.
+    """
+
+    def __init__(self, pack: Pack, method: str) -> None:
+        self.pack, self.method = pack, method
+        self._merged: Merged | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the model that carries the adapter."""
+        return self.pack.model
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trained tensors, each [1, ...]: the first axis is the pack's."""
+        return list(self.pack.trainable().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors by name."""
+        return self.pack.trainable()
+
+    def optimizer(
+        self, lr: float, *, weight_decay: float = 0.0, n_steps: int | None = None
+    ) -> torch.optim.Optimizer:
+        """Return the method's own update rule as a torch Optimizer.
+
+        Args:
+            lr: learning rate, > 0; per-tensor ratios are the Rule's.
+            weight_decay: decoupled, per step lr * weight_decay.
+            n_steps: planned steps; methods with a Schedule (AdaLoRA, ReLoRA) need it.
+
+        Raises:
+            UserError: lr not positive, or a Schedule without n_steps.
+        """
+        from loralab.training.torch_optimizer import AdapterOptimizer
+
+        return AdapterOptimizer(self.pack, lr, weight_decay, n_steps)
+
+    def penalty(self) -> Tensor | None:
+        """Return the method's regulariser (a scalar to add to the training loss), or None."""
+        value = self.pack.penalty()
+        return None if value is None else value[0]
+
+    @contextlib.contextmanager
+    def disable(self) -> Iterator[None]:
+        """Run the base inside; outside everything is as before."""
+        with self.pack.disable():
+            yield
+
+    def merge(self) -> nn.Module:
+        """Return the model as a plain one whose weights contain the update.
+
+        The merged weights are new tensors, computed in fp32 and rounded once; the base's own are
+        kept aside for `unmerge`. Merging twice changes nothing.
+
+        Raises:
+            UserError: the method's update depends on the input and has no dense form.
+        """
+        if self._merged is None:
+            for _, bank in self.pack.banks():
+                if not mergeable(bank.form):
+                    raise UserError(
+                        f"{self.method or type(bank.form).__name__} cannot be merged: its update "
+                        "depends on the input; keep the adapter attached or save it"
+                    )
+            self._merged = Merged(self.pack)
+        return self.model
+
+    def unmerge(self) -> None:
+        """Put the base's own tensors back, bit for bit, and run adapted again."""
+        if self._merged is not None:
+            self._merged.undo()
+            self._merged = None
+
+    def remove(self) -> nn.Module:
+        """Take the adapter off and return the base model as it was, flags included."""
+        self.unmerge()
+        self.pack.close()
+        return self.model
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `adapter_model.safetensors` and `adapter_config.json` in PEFT's layout.
+
+        What PEFT cannot express is written in the same two files under our own `peft_type`.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        from loralab.core.files import save_adapter
+
+        return save_adapter(self, Path(path))
+
+    def export(self, path: str | os.PathLike[str], to: str = "peft") -> Path:
+        """Write the adapter for other programs.
+
+        Args:
+            to: "peft" (as `save`, refusing what PEFT cannot express), "lora" (a plain LoRA file)
+                or "merged" (the whole model with the update inside).
+
+        Raises:
+            UserError: the method has no such form, or the folder cannot be written.
+        """
+        from loralab.core.files import export_adapter
+
+        return export_adapter(self, Path(path), to)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
+    """Attach a saved adapter, ours or PEFT's, to `model`.
+
+    Raises:
+        UserError: files missing, damaged or of a kind we cannot run, or layers that the model
+            does not have.
+    """
+    from loralab.core.files import load_adapter
+
+    return load_adapter(model, Path(path))

@@ -1,0 +1,62 @@
+"""Merged weights as new tensors in place of the old, and the old ones back."""
+
+import torch
+from torch import nn
+
+from loralab.core.layers import stored, weight_of
+from loralab.core.pack import Pack
+
+
+class Merged:
+    """A pack of one folded into its model. The base's parameters are set aside, never written."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self._aside: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._config: object | None = None
+        new = self._new_parameters()
+        pack.close()
+        shared = self._uses()
+        for module, name, tensor in new:
+            old = module._parameters[name]
+            assert old is not None
+            self._aside.append((module, name, old))
+            module._parameters[name] = nn.Parameter(tensor, old.requires_grad)
+            config = getattr(pack.model, "config", None)
+            if shared.get(id(old), 0) > 1 and getattr(config, "tie_word_embeddings", False):
+                # The twin keeps the base weight; a saved config must not tie them again.
+                self._config = config
+                config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def undo(self) -> None:
+        """Put the parameters set aside back and attach the pack again."""
+        for module, name, old in self._aside:
+            module._parameters[name] = old
+        if self._config is not None:
+            self._config.tie_word_embeddings = True  # type: ignore[attr-defined]
+        self.pack.attach()
+
+    @torch.no_grad()
+    def _new_parameters(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        found = []
+        pack = self.pack
+        for name, site in zip(pack.names, pack.sites, strict=True):
+            module = pack.model.get_submodule(name)
+            weight = weight_of(module)
+            merged = site.banks[0].dense(weight, 0).to(weight.dtype)
+            found.append((module, "weight", stored(module, merged)))
+        for name, whole in zip(pack.whole_names, pack.whole, strict=True):
+            module = pack.model.get_submodule(name)
+            for leaf in whole.names:
+                old = module._parameters[leaf]
+                assert old is not None
+                found.append((module, leaf, getattr(whole, leaf)[0].detach().clone().to(old)))
+        return found
+
+    def _uses(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for module in self.pack.model.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    counts[id(p)] = counts.get(id(p), 0) + 1
+        return counts
