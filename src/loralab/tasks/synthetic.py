@@ -33,11 +33,10 @@ class SyntheticSpec:
 
     compositions: tuple[tuple[str, ...], ...] = (
         ("reverse", "shift"),
-        ("rotate", "shift", "shift", "shift"),
         ("sort", "reverse"),
         ("swap", "reverse"),
     )
-    length: int = 8
+    length: int = 6
     n_train: int = 2048
     n_validation: int = 256
     n_test: int = 512
@@ -52,6 +51,19 @@ class SyntheticSpec:
                 f"the synthetic task cannot draw {total} different lines of length {self.length}; "
                 "raise `length` or ask for fewer items"
             )
+
+
+# `synthetic-quick` is meant for the base `tiny-quick`.
+SPECS = {
+    "synthetic": SyntheticSpec(),
+    "synthetic-quick": SyntheticSpec(
+        compositions=(("reverse", "shift"), ("sort", "reverse")),
+        length=4,
+        n_train=1024,
+        n_validation=256,
+        n_test=512,
+    ),
+}
 
 
 class SyntheticTask(Task):
@@ -78,7 +90,7 @@ class SyntheticTask(Task):
         return len(self._rows(split))
 
     def batch(self, split: str, indices: Sequence[int]) -> Batch:
-        """Return `input_ids` and `labels`, each [rows, 2 * length + 3]; prompts are not labelled."""
+        """Return `input_ids` and `labels` (of answers only), each [rows, 2 * length + 3]."""
         ids = self._rows(split)[list(indices)]
         labels = ids.clone()
         labels[:, : self.prompt_length] = IGNORED
