@@ -95,6 +95,20 @@ def confirm_trials(spec: StudySpec, n_train: int, choices: Sequence[MethodChoice
     ]
 
 
+def curvature_trials(
+    spec: StudySpec, n_train: int, choices: Sequence[MethodChoice]
+) -> dict[str, Trial]:
+    """Return one trial per label: first rank, batch size and grid seed, at the chosen rate."""
+    methods = {method.label: method for method in spec.methods}
+    trials: dict[str, Trial] = {}
+    for c in choices:
+        method = methods[c.label]
+        lr = c.best_lr if c.best_lr is not None else spec.grid(method).point(0)
+        trial = spec.trial(method, c.rank, c.batch_size, lr, spec.seeds[0], n_train)
+        trials.setdefault(c.label, trial)
+    return trials
+
+
 def point_means(results: Iterable[TrialResult], n_seeds: int) -> dict[Key, dict[float, float]]:
     """Return the mean validation metric per family and learning rate.
 

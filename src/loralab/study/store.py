@@ -251,6 +251,11 @@ class Store:
             where = schema.events.c.kind == kind
             return c.execute(select(schema.events.c.id).where(where)).first() is not None
 
+    def known(self) -> set[str]:
+        """Return the ids of all recorded trials, finished or waiting."""
+        with self._transaction() as c:
+            return set(c.execute(select(schema.trials.c.id)).scalars())
+
     def slot_steps_waiting(self) -> int:
         """Return the optimizer steps of all trials that wait, summed."""
         query = select(schema.trials.c.trial).where(schema.trials.c.status == "waiting")
