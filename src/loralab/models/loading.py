@@ -96,10 +96,10 @@ def load_model(
 
         if spec != ModelSpec(attn=spec.attn):
             raise UserError("model 'tiny' has no option but attn")
-        model, processor = tiny_base()
+        base, symbols = tiny_base()
         if spec.attn is not None:
-            model.set_attn_implementation(spec.attn)
-        return _placed(model, dtype, device), processor
+            base.set_attn_implementation(spec.attn)
+        return _placed(base, dtype, device), symbols
     path = expand(target)
     local = _check_folder(Path(path)) if Path(path).exists() else _check_hub(path)
     with quiet():
@@ -270,11 +270,11 @@ def _image_statistics(path: str, model: nn.Module, local: bool) -> ImageStatisti
     # Read directly: transformers' own image processors need Pillow even for these numbers.
     from transformers.utils import cached_file
 
-    side = model.config.image_size  # type: ignore[union-attr]
-    side = side if isinstance(side, int) else int(max(side))
+    said_side: Any = model.config.image_size  # type: ignore[union-attr]
+    side = said_side if isinstance(said_side, int) else int(max(said_side))
     try:
         file = cached_file(path, "preprocessor_config.json", local_files_only=local)
-        said = json.loads(Path(file).read_text(encoding="utf8"))
+        said = json.loads(Path(str(file)).read_text(encoding="utf8"))
     except OSError:
         return ImageStatistics(side=side)
     except ValueError as error:

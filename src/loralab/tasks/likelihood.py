@@ -25,9 +25,11 @@ def row_losses(model: nn.Module, batch: Batch, sparse: bool) -> tuple[Tensor, Te
     asked = labels != IGNORED
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     where = asked.flatten().nonzero().squeeze(-1)
-    if sparse and _plain_head(model) is not None:
-        hidden = _decoder(model)(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        logits = _plain_head(model)(hidden.flatten(0, 1).index_select(0, where))
+    parts = _parts(model) if sparse else None
+    if parts is not None:
+        decoder, head = parts
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        logits = head(hidden.flatten(0, 1).index_select(0, where))
     else:
         logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         logits = logits.index_select(0, where)
@@ -44,28 +46,27 @@ def head_stands_alone(model: nn.Module) -> bool:
 
     Measured on a few tokens: models that scale or cap logits afterwards show it.
     """
-    head = _plain_head(model)
-    if head is None:
+    parts = _parts(model)
+    if parts is None:
         return False
+    decoder, head = parts
     ids = torch.arange(10, device=head.weight.device).view(2, 5) % head.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     full = model(**inputs).logits
-    short = head(_decoder(model)(**inputs).last_hidden_state)
+    short = head(decoder(**inputs).last_hidden_state)
     return full.shape == short.shape and torch.allclose(full, short, rtol=1e-4, atol=1e-5)
 
 
-def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """Return the output head if it is a bare linear layer that no adapter has changed."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    plain = type(head) is nn.Linear and not hasattr(head, "loralab")
-    return head if plain and _decoder(model) is not None else None
-
-
-def _decoder(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if find is not None else None
-    return None if decoder is model else decoder
+def _parts(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
+    """Return decoder and output head, if the head is a bare linear layer without an adapter."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    find_decoder = getattr(model, "get_decoder", None)
+    if find_head is None or find_decoder is None:
+        return None
+    head, decoder = find_head(), find_decoder()
+    if decoder is None or decoder is model:
+        return None
+    return (decoder, head) if type(head) is nn.Linear and not hasattr(head, "loralab") else None
 
 
 def _wide(logits: Tensor) -> Tensor:

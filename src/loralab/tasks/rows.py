@@ -128,9 +128,11 @@ def _json(text: str, path: Path) -> list[Row]:
 
 
 def _table(text: str, path: Path, suffix: str) -> list[Row]:
-    tabs = suffix == ".tsv"
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",", quoting=quoting)
+    lines = io.StringIO(text, newline="")
+    if suffix == ".tsv":
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.DictReader(lines)
     try:
         return [Row(dict(row), f"{path}, row {number}") for number, row in enumerate(reader, 1)]
     except csv.Error as error:
