@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from loralab.core.pack import Pack, SlotSpec
 from loralab.core.stopgrad import stop_gradient, stops
 from loralab.errors import UserError
 from loralab.methods import all_methods, build, get
 from loralab.methods.initialization.pissa import fast_svd
 from loralab.recipe import Evidence, Hyper, Site, SiteState
 from loralab.training.adamw import AdamW
+from loralab.training.optimizer import PackOptimizer
 
 M, N, R = 12, 20, 4
 SITE = Site("layer", N, M, R)
@@ -407,3 +409,26 @@ def test_relora_keeps_the_largest_hundredth_of_the_memory_per_slot():
     assert torch.equal(site.state["steps"], before["steps"])
     build("relora", every=5, memory="zero").schedule.after_step([site], 4, 10)
     assert not any(bool(x.any()) for x in site.state.values())
+
+
+@pytest.mark.parametrize("recipe", [build("lora"), build("pissa"), build("dora", init="pissa")])
+def test_a_restart_changes_the_factors_and_not_the_function(recipe):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6)).double()
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pack = Pack(model, [SlotSpec(recipe, rank=2, targets=("0",))])
+    optimizer = PackOptimizer(pack, n_steps=10)
+
+    def run():
+        with pack.rows([5]):
+            return model(x)
+
+    for step in range(3):
+        optimizer.zero_grad()
+        run().square().sum().backward()
+        optimizer.collect()
+        optimizer.step(torch.full((1,), 0.1), torch.zeros(1), step)
+    before, factors = run().detach(), optimizer.groups[0].states[0].t["B"].clone()
+    optimizer.groups[0].states[0].restart(1)
+    torch.testing.assert_close(run().detach(), before, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(optimizer.groups[0].states[0].t["B"], factors)
+    pack.close()

@@ -47,7 +47,11 @@ def check(recipe: Recipe) -> Recipe:
         UserError: they cannot; the sentence names the two pieces and the reason.
     """
     form = type(recipe.form).__name__
-    pieces = {"start": recipe.start, "rule": recipe.rule, "schedule": recipe.schedule}
+    pieces: dict[str, Any] = {
+        "start": recipe.start,
+        "rule": recipe.rule,
+        "schedule": recipe.schedule,
+    }
     for kind, piece in pieces.items():
         if piece.pair_only and not recipe.form.pair:
             raise UserError(

@@ -29,10 +29,13 @@ class BankState(SiteState):
     def restart(self, count: int) -> None:
         """Fold the update and start A and B anew; the Rule's memory is the Schedule's to clear."""
         bank = self._bank
-        fresh = [
-            self._pack.fresh(self._name, self.first + k, count) for k in range(bank.size)
+        fresh = [self._pack.fresh(self._name, self.first + k, count) for k in range(bank.size)]
+        # Of a pair Form only the pair: DoRA's magnitude is part of what has been learnt.
+        own = [
+            n
+            for n in bank.names
+            if (n in ("A", "B") if bank.form.pair else n not in bank.form.shared)
         ]
-        own = [n for n in bank.names if n not in bank.form.shared]
         bank.restart({n: torch.stack([f[n] for f in fresh]) for n in own})
 
 

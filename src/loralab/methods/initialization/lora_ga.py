@@ -37,7 +37,7 @@ class LoRAGA(Start):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    anchored: ClassVar[bool] = True
+    anchored = True
 
     gamma: float = 16.0
     split: str = "ArB2r"

@@ -4,7 +4,6 @@ W = W_p + W_m, where W_m = U_m S_m V_mᵀ holds the smallest r; B = U_m S_m^½, 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -18,8 +17,8 @@ from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
 class MiLoRA(Start):
     """The r trailing singular triplets of W; exact only, a fast SVD finds the leading ones."""
 
-    anchored: ClassVar[bool] = True
-    seeded: ClassVar[bool] = False
+    anchored = True
+    seeded = False
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         U, S, Vh = torch.linalg.svd(evidence.weight, full_matrices=False)

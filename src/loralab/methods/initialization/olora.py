@@ -5,7 +5,6 @@ start is anchored, so no residual is stored.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -18,8 +17,8 @@ from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
 class OLoRA(Start):
     """The first r columns of Q and rows of R, for W of any shape [out, in]."""
 
-    anchored: ClassVar[bool] = True
-    seeded: ClassVar[bool] = False
+    anchored = True
+    seeded = False
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         Q, R = torch.linalg.qr(evidence.weight, mode="reduced")

@@ -5,7 +5,6 @@ the update is s (B A - B0 A0), which is the same function and leaves W as it is.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class PiSSA(Start):
             for the exact SVD.
     """
 
-    anchored: ClassVar[bool] = True
+    anchored = True
 
     niter: int | None = None
 

@@ -38,7 +38,8 @@ class DoRA(Form):
         return scale_of(self.scaling, alpha, rank)
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        m = torch.linalg.vector_norm(evidence.weight, dim=-1)
+        # The core's own arithmetic for |W_i|, so that the gain at step 0 is exactly 1.
+        m = evidence.weight.square().sum(-1).sqrt()
         return {**plain_pair(site, evidence), "m": m}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
