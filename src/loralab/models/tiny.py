@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -89,11 +90,12 @@ def tiny_base(
         try:
             _write(model, folder, recipe)
         except OSError as error:
-            warnings.warn(
-                f"the tiny base is not cached in {folder} ({error}), so the next run pre-trains "
-                "it again; set LORALAB_CACHE to a folder that can be written",
-                stacklevel=2,
-            )
+            if _read(folder, recipe) is None:  # else another process wrote it just now
+                warnings.warn(
+                    f"the tiny base is not cached in {folder} ({error}), so the next run "
+                    "pre-trains it again; set LORALAB_CACHE to a folder that can be written",
+                    stacklevel=2,
+                )
     return model.eval(), SymbolTokenizer()
 
 
@@ -101,8 +103,9 @@ def cache_folder() -> Path:
     """Return `$LORALAB_CACHE`, else `loralab` in the user's cache folder."""
     if chosen := os.environ.get("LORALAB_CACHE"):
         return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "loralab"
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or home
+    return Path(base) / "loralab"
 
 
 def lines(operations: tuple[str, ...], n: int, length: int, rng: torch.Generator) -> Tensor:
@@ -147,8 +150,12 @@ def untrained(recipe: TinyRecipe) -> "LlamaForCausalLM":
     return model
 
 
+@torch.enable_grad()
 def pretrain(recipe: TinyRecipe, progress: Progress | None = None) -> "LlamaForCausalLM":
-    """Return a freshly pre-trained base: AdamW on the answers of random lines."""
+    """Return a freshly pre-trained base: AdamW on the answers of random lines.
+
+    Bit for bit the same for one or two threads with a given torch on a given processor.
+    """
     model = untrained(recipe).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -202,7 +209,7 @@ def _read(folder: Path, recipe: TinyRecipe) -> "LlamaForCausalLM | None":
         if record["sha256"] != _digest(folder / WEIGHTS):
             return None
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     model = untrained(recipe)
     model.load_state_dict(weights)

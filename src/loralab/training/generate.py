@@ -6,6 +6,7 @@ pack was given (`with pack.rows(...)`) holds for every step.
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,10 @@ def greedy(
     Decoding stops when all rows have ended. Equal to `model.generate(do_sample=False)`.
     """
     known = inspect.signature(model.forward).parameters
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    mask = attention_mask if padded else torch.ones_like(input_ids)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    padded = not bool(mask.all())  # without padding the model can take its faster causal path
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     ends = torch.tensor(list(eos_token_ids), device=input_ids.device, dtype=input_ids.dtype)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     cache, tokens, out = None, input_ids, []
@@ -53,5 +54,5 @@ def greedy(
             break
         tokens = best.unsqueeze(-1)
         position = position[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(tokens)], -1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
     return torch.stack(out, -1) if out else input_ids[:, :0]
