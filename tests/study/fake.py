@@ -82,9 +82,7 @@ def train_pack(
         if progress is not None:
             progress(step, trials[0].steps, [curve[-1][1] for curve in curves])
         if checkpoint is not None and step % checkpoint_every == 0:
-            text = json.dumps(
-                {"trials": [t.id for t in trials], "step": step, "curves": curves}
-            )
+            text = json.dumps({"trials": [t.id for t in trials], "step": step, "curves": curves})
             checkpoint.parent.mkdir(exist_ok=True)
             checkpoint.with_suffix(".tmp").write_text(text)
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

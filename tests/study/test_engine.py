@@ -130,7 +130,7 @@ def test_one_trial_too_large_is_said_and_nothing_is_lost(spec, tmp_path):
             raise MemoryError
         return fake.train_pack(model, task, trials, **options)
 
-    with pytest.raises(UserError, match="one trial of pissa .* does not fit"):
+    with pytest.raises(UserError, match=r"one trial of pissa .* does not fit"):
         run(spec, tmp_path / "out", dataclasses.replace(fake.BACKEND, train_pack=full))
     assert {r.label for r in load_results(tmp_path / "out").trials} == {"lora"}
 
@@ -195,7 +195,7 @@ def test_a_full_disk_is_one_sentence(spec, tmp_path):
 def test_a_store_that_refuses_is_one_sentence(spec, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "study.sqlite").write_text("this is no database, whatever it says" * 50)
-    with pytest.raises(UserError, match="study.sqlite cannot be used"):
+    with pytest.raises(UserError, match=r"study\.sqlite cannot be used"):
         run(spec, tmp_path / "out")
     with pytest.raises(UserError, match="there is no study in"):
         Store.open(tmp_path)

@@ -1,0 +1,59 @@
+import math
+
+import numpy as np
+import pytest
+
+from loralab.errors import UserError
+from loralab.study.results import MethodChoice, TrialResult, load_results
+from loralab.study.search import Planned
+from loralab.study.store import Store
+from loralab.study.trial import Trial
+
+TRIALS = [
+    Planned(Trial("tiny", "t", "lora", 1e-3, targets=("q", "v"), settings={"a": 1}), "x", "grid"),
+    Planned(Trial("tiny", "t", "lora", 1e-2, swaps={"start": "pissa"}), "x", "grid"),
+]
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.create(tmp_path) as store:
+        store.begin({"steps": 1}, "abc", {"python": "3"})
+        yield store
+
+
+def test_results_come_back_bit_for_bit(store, tmp_path):
+    store.add_packs("grid", TRIALS, [TRIALS])
+    pack = store.next_pack()
+    assert pack.planned == TRIALS and pack.state == "waiting"
+    assert store.next_pack().state == "running"
+    scores = np.array([0.1, -0.0, 3e-38], dtype=np.float32)
+    first = TrialResult(
+        TRIALS[0].trial, "x", "grid", "done", 0.1 + 0.2, None, scores, None, [(1, 0.5), (2, 1e-9)]
+    )
+    lost = TrialResult(
+        TRIALS[1].trial, "x", "grid", "diverged", curve=[(1, math.nan)], reason="exploded", step=1
+    )
+    store.finish_pack(pack.id, [first, lost])
+    assert store.next_pack() is None
+    one, two = load_results(tmp_path / "study.sqlite").trials
+    assert one.validation_items.tobytes() == scores.tobytes() and one.test_items is None
+    assert (one.trial, one.validation, one.curve) == (first.trial, 0.1 + 0.2, first.curve)
+    assert (two.status, two.reason, two.validation) == ("diverged", "exploded", None)
+    assert math.isnan(two.curve[0][1])
+
+
+def test_a_transaction_that_fails_leaves_nothing(store):
+    store.add_packs("grid", TRIALS[:1], [TRIALS[:1]])
+    pack = store.next_pack()
+    good = TrialResult(TRIALS[0].trial, "x", "grid", "done", 0.5, curve=[(1, 0.1)])
+    twice = TrialResult(TRIALS[0].trial, "x", "grid", "done", 0.9, curve=[(1, 0.1), (1, 0.2)])
+    with pytest.raises(UserError, match="cannot be used"):
+        store.finish_pack(pack.id, [good, twice])
+    assert store.results().trials == [] and store.next_pack().id == pack.id
+
+
+def test_choices_are_replaced(store):
+    store.set_choices([MethodChoice("x", 8, 16, None), MethodChoice("y", 8, 16, 1e-3, "low", 1)])
+    store.set_choices([MethodChoice("x", 8, 16, 1e-4, lower_bound=True)])
+    assert store.results().choices == [MethodChoice("x", 8, 16, 1e-4, lower_bound=True)]
