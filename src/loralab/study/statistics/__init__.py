@@ -16,3 +16,4 @@ from loralab.study.statistics.intervals import spearman as spearman
 from loralab.study.statistics.intervals import t_interval as t_interval
 from loralab.study.statistics.peak import Peak as Peak
 from loralab.study.statistics.peak import fit_peak as fit_peak
+from loralab.study.statistics.pool import pooled_seed_variance as pooled_seed_variance

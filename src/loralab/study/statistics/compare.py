@@ -46,16 +46,21 @@ def paired_difference(
     difference: np.ndarray,
     margin: float,
     rng: np.random.Generator,
+    seed_variance: tuple[float, float] | None = None,
     level: float = 0.95,
     n_draws: int = 4000,
 ) -> Difference:
     """Return the mean of d [S seeds, I items] with interval and p values.
 
-    Bootstrap draws add a Gaussian multiplier bootstrap of the seed effects (resampling two or three
-    seeds gives a handful of values) to a resampling of the item effects, are scaled to the
-    unbiased variance, and are widened from the normal to Student's t with Satterthwaite's degrees
-    of freedom. Both p values use the same standard error and degrees of freedom. With one seed the
-    spread between seeds is unknown and the interval speaks of the test items alone.
+    Bootstrap draws add a Gaussian bootstrap of the seed effects (resampling two or three seeds
+    gives a handful of values) to a resampling of the items, are scaled to the unbiased variance,
+    and are widened from the normal to Student's t with Satterthwaite's degrees of freedom. Both p
+    values use the same standard error and degrees of freedom. With one seed the spread between
+    seeds is unknown and the interval speaks of the test items alone.
+
+    Args:
+        seed_variance: (variance of d's seed means, degrees of freedom) where other arms help to
+            estimate it (`pooled_seed_variance`); None takes it from d alone.
 
     Sources: Searle, Casella and McCulloch (1992), "Variance Components", chapter 4 (crossed
     effects); Satterthwaite (1946); Schuirmann (1987) (TOST); arXiv 1411.5279 (small samples).
@@ -63,18 +68,19 @@ def paired_difference(
     d = np.atleast_2d(np.asarray(difference, dtype=float))
     n_seeds, n_items = d.shape
     mean = float(d.mean())
-    a, b = d.mean(axis=1) - mean, d.mean(axis=0) - mean
     v_seed, v_item, v_rest = _variances_of_mean(d)
+    free = float(n_seeds - 1)
+    if seed_variance is not None and n_seeds > 1:
+        v_seed, free = seed_variance[0] / n_seeds, seed_variance[1]
     variance = max(v_seed + v_item - v_rest, v_seed, v_item)
     se = math.sqrt(variance)
-    df = _satterthwaite(variance, (v_seed, v_item, v_rest), n_seeds, n_items)
+    df = _satterthwaite(variance, (v_seed, v_item, v_rest), free, n_items, d.size)
     if n_seeds * n_items == 1:
         nan = math.nan
         return Difference(mean, nan, nan, nan, nan, nan, nan, 1, 1, nan, nan, nan)
-    draws = np.zeros(n_draws)
-    if n_seeds > 1:
-        draws += rng.standard_normal((n_draws, n_seeds)) @ a / math.sqrt(n_seeds * (n_seeds - 1))
+    draws = math.sqrt(v_seed) * rng.standard_normal(n_draws)
     if n_items > 1:
+        b = d.mean(axis=0) - mean
         counts = rng.multinomial(n_items, np.full(n_items, 1 / n_items), n_draws)
         draws += counts @ b / math.sqrt(n_items * (n_items - 1))
     if v_seed + v_item > 0:
@@ -113,11 +119,14 @@ def _variances_of_mean(d: np.ndarray) -> tuple[float, float, float]:
     return v_seed, v_item, float(np.sum(rest**2) / (free * d.size))
 
 
-def _satterthwaite(variance: float, parts: tuple[float, float, float], s: int, i: int) -> float:
+def _satterthwaite(
+    variance: float, parts: tuple[float, float, float], free: float, n_items: int, n: int
+) -> float:
+    """Return the degrees of freedom of a sum of variances with `free`, I - 1 and the rest."""
     if variance == 0:
-        return float(max(s - 1, i - 1, 1))
-    free = (max(s - 1, 1), max(i - 1, 1), max((s - 1) * (i - 1), 1))
-    return variance**2 / sum(v**2 / f for v, f in zip(parts, free, strict=True))
+        return max(free, n_items - 1.0, 1.0)
+    frees = (max(free, 1.0), max(n_items - 1, 1), max(n - n_items - n // n_items + 1, 1))
+    return variance**2 / sum(v**2 / f for v, f in zip(parts, frees, strict=True))
 
 
 def _tail(distance: float, se: float, df: float) -> float:

@@ -68,6 +68,8 @@ def spearman(x: np.ndarray, y: np.ndarray, level: float = 0.95) -> Interval:
     rho = float(stats.spearmanr(x, y).statistic)
     if n < 4:
         return Interval(rho, np.nan, np.nan, n)
-    z = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    # A perfect order has no Fisher interval: take it halfway to the next attainable rho.
+    most = 1 - 6 / (n * (n**2 - 1))
+    z = np.arctanh(np.clip(rho, -most, most))
     half = stats.norm.ppf(0.5 + level / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    return Interval(rho, float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+    return Interval(rho, float(min(np.tanh(z - half), rho)), float(max(np.tanh(z + half), rho)), n)

@@ -13,7 +13,7 @@ class Peak:
         lr, lr_low, lr_high: vertex of the parabola and its bootstrap interval.
         score, score_low, score_high: its height, in the metric's own unit.
         plateau_low, plateau_high: learning rates between which the curve stays within `drop` of the
-            best grid point, interpolated in log LR; clipped to the grid.
+            best grid point, interpolated in log LR, the vertex included; clipped to the grid.
         plateau_open: whether the plateau reaches an end of the grid ("at least").
     """
 
@@ -78,8 +78,8 @@ def fit_peak(
         score=sign * height,
         score_low=float(bounds[0]),
         score_high=float(bounds[1]),
-        plateau_low=10**left,
-        plateau_high=10**right,
+        plateau_low=10 ** min(left, vertex),
+        plateau_high=10 ** max(right, vertex),
         plateau_open=is_open,
     )
 
@@ -133,7 +133,8 @@ def _resampled_curves(
         curves = mean + (curves - mean) * np.sqrt(n_seeds / (n_seeds - 1))
     if items is not None and items.shape[2] > 1:
         n_items = items.shape[2]
-        effect = np.nan_to_num(np.nanmean(np.where(known[..., None], items, np.nan), axis=1))
+        kept = np.where(known[..., None], np.nan_to_num(items), 0.0)
+        effect = kept.sum(axis=1) / np.maximum(known.sum(axis=1), 1)[:, None]
         effect = effect - effect.mean(axis=1, keepdims=True)
         chosen = rng.multinomial(n_items, np.full(n_items, 1 / n_items), n_draws) / n_items
         curves = curves + chosen @ effect.T

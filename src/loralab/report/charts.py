@@ -1,0 +1,249 @@
+"""Drawing for the page: Plotly figures as plain dictionaries, from the tables of `report.data`.
+
+Colours that follow the page's theme are written as "@ink", "@muted", "@grid"; the page's script
+puts the theme's values in before it draws. Lists, not arrays, so that the JSON stays readable.
+"""
+
+import math
+from typing import Any
+
+from loralab.report.data import Arm, Group, ReportData
+from loralab.report.figures import floor_of
+from loralab.report.palette import Style, styles
+from loralab.report.tables import ranked
+from loralab.report.units import rate
+
+Chart = dict[str, Any]
+
+
+def _chart(traces: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
+    base = {
+        "height": height,
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "@ink"},
+        "showlegend": False,
+        "dragmode": False,
+        "hovermode": "closest",
+        "hoverlabel": {"font": {"family": "system-ui, sans-serif"}},
+    }
+    return {"data": traces, "layout": base | layout}
+
+
+def _axis(title: str, **more: Any) -> dict[str, Any]:
+    look = {"gridcolor": "@grid", "linecolor": "@muted", "zeroline": False, "automargin": True}
+    return look | {"title": {"text": title, "standoff": 8}} | more
+
+
+def _rates(title: str = "learning rate", **more: Any) -> dict[str, Any]:
+    # Powers of ten only: on a phone every further label collides.
+    return _axis(title, type="log", dtick=1, exponentformat="power", **more)
+
+
+def _line(style: Style) -> dict[str, Any]:
+    return {"color": style.colour, "dash": style.dash, "width": style.width}
+
+
+def lr_curves(data: ReportData, group: Group) -> Chart | None:
+    """Return learning-rate curves with bands from the lowest to the highest seed."""
+    if not any(arm.peak for arm in group.arms):
+        return None
+    look, k, floor = styles(data.labels, data.baseline), data.unit.factor, floor_of(data, group)
+    traces: list[dict[str, Any]] = []
+    for arm in sorted(group.arms, key=lambda a: a.is_baseline):
+        style = look[arm.label]
+        points = [p for p in arm.curve if p.finite]
+        x = [p.lr for p in points]
+        common = {"name": arm.label, "meta": arm.label}
+        traces.append(
+            common
+            | {
+                "type": "scatter",
+                "x": x + x[::-1],
+                "y": [k * p.high for p in points] + [k * p.low for p in points][::-1],
+                "fill": "toself",
+                "fillcolor": style.colour,
+                "opacity": 0.13,
+                "line": {"width": 0},
+                "mode": "lines",
+                "hoverinfo": "skip",
+            }
+        )
+        traces.append(
+            common
+            | {
+                "type": "scatter",
+                "x": x,
+                "y": [k * p.mean for p in points],
+                "mode": "lines+markers",
+                "line": _line(style),
+                "marker": {"color": style.colour, "symbol": style.marker, "size": 7},
+                "text": [_about(data, arm, p) for p in points],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+        lost = [p for p in arm.curve if p.n_diverged]
+        traces.append(
+            common
+            | {
+                "type": "scatter",
+                "x": [p.lr for p in lost],
+                "y": [floor] * len(lost),
+                "mode": "markers",
+                "marker": {"color": style.colour, "symbol": "x-thin-open", "size": 9},
+                "text": [
+                    f"<b>{arm.label}</b> at {rate(p.lr)}: {p.n_diverged} diverged" for p in lost
+                ],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    return _chart(traces, 420, xaxis=_rates(), yaxis=_axis(f"validation {data.unit.axis}"))
+
+
+def _about(data: ReportData, arm: Arm, point: Any) -> str:
+    unit = data.unit
+    text = f"<b>{arm.label}</b> at {rate(point.lr)}<br>{unit.value(point.mean)}"
+    if len(point.finite) > 1:
+        text += f" ({unit.value(point.low)} to {unit.value(point.high)}, {len(point.finite)} seeds)"
+    if arm.best_lr is not None and math.isclose(point.lr, arm.best_lr, rel_tol=1e-6):
+        text += "<br>chosen"
+    return text
+
+
+def _forest(
+    arms: list[Arm], rows: list[dict[str, Any]], xaxis: dict[str, Any], **more: Any
+) -> Chart:
+    labels = [arm.label for arm in arms]
+    yaxis = _axis("", autorange=False, range=[len(labels) - 0.4, -0.6], showgrid=False)
+    yaxis |= {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels}
+    return _chart(rows, 90 + 28 * len(labels), xaxis=xaxis, yaxis=yaxis, **more)
+
+
+def _span(arm: Arm, style: Style, low: float, high: float, i: int, width: int, **more: Any):
+    return {
+        "type": "scatter",
+        "name": arm.label,
+        "x": [low, high],
+        "y": [i, i],
+        "mode": "lines",
+        "line": {"color": style.colour, "width": width},
+        "hoverinfo": "skip",
+    } | more
+
+
+def _dot(arm: Arm, style: Style, x: float, i: int, text: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "name": arm.label,
+        "x": [x],
+        "y": [i],
+        "mode": "markers",
+        "marker": {"color": style.colour, "size": 10},
+        "text": [text],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def best_lr(data: ReportData, group: Group) -> Chart | None:
+    """Return fitted best learning rates with intervals; pale bars are plateaus."""
+    arms = [arm for arm in ranked(group) if arm.peak]
+    if not arms:
+        return None
+    look, rows = styles(data.labels, data.baseline), []
+    for i, arm in enumerate(arms):
+        peak, style = arm.peak, look[arm.label]
+        assert peak is not None
+        text = f"<b>{arm.label}</b> {rate(peak.lr)}<br>{rate(peak.lr_low)} to {rate(peak.lr_high)}"
+        rows.append(_span(arm, style, peak.plateau_low, peak.plateau_high, i, 14, opacity=0.2))
+        rows.append(_span(arm, style, peak.lr_low, peak.lr_high, i, 3))
+        rows.append(_dot(arm, style, peak.lr, i, text))
+    return _forest(arms, rows, _rates("best learning rate"))
+
+
+def differences(data: ReportData, group: Group) -> Chart | None:
+    """Return gains over the baseline with paired intervals; the grey band is the margin."""
+    arms = [arm for arm in ranked(group) if arm.comparison.difference]
+    if not arms:
+        return None
+    look, k, rows = styles(data.labels, data.baseline), data.unit.factor, []
+    for i, arm in enumerate(arms):
+        d, style = arm.comparison.difference, look[arm.label]
+        assert d is not None
+        gap = data.unit.gap
+        text = f"<b>{arm.label}</b> {gap(d.estimate)}<br>{arm.comparison.verdict}"
+        if math.isfinite(d.low):
+            text = text.replace("<br>", f" [{gap(d.low)}, {gap(d.high)}]<br>")
+            rows.append(_span(arm, style, k * d.low, k * d.high, i, 3))
+        rows.append(_dot(arm, style, k * d.estimate, i, text))
+    margin = {"x0": -k * data.margin, "x1": k * data.margin, "y0": 0, "y1": 1, "yref": "paper"}
+    zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
+    shapes = [
+        margin | {"type": "rect", "fillcolor": "@grid", "line": {"width": 0}, "layer": "below"},
+        zero | {"line": {"color": "@ink", "width": 1}},
+    ]
+    noun = "points" if data.unit.percent else data.unit.metric
+    return _forest(arms, rows, _axis(f"gain over {data.baseline} ({noun})"), shapes=shapes)
+
+
+def budget(data: ReportData, group: Group) -> Chart | None:
+    """Return the expected best validation score of n learning rates drawn from the grid."""
+    arms = [arm for arm in group.arms if len(arm.best_of) > 1]
+    if not arms:
+        return None
+    look, k = styles(data.labels, data.baseline), data.unit.factor
+    traces = [
+        {
+            "type": "scatter",
+            "name": arm.label,
+            "meta": arm.label,
+            "x": list(range(1, len(arm.best_of) + 1)),
+            "y": [k * v for v in arm.best_of],
+            "mode": "lines",
+            "line": _line(look[arm.label]),
+            "text": [
+                f"<b>{arm.label}</b>, {n} tried: {data.unit.value(v)}"
+                for n, v in enumerate(arm.best_of, 1)
+            ],
+            "hovertemplate": "%{text}<extra></extra>",
+        }
+        for arm in sorted(arms, key=lambda a: a.is_baseline)
+    ]
+    xaxis = _axis("learning rates tried, at random", dtick=1)
+    return _chart(traces, 380, xaxis=xaxis, yaxis=_axis(f"expected best {data.unit.axis}"))
+
+
+def curvature(data: ReportData, group: Group) -> Chart | None:
+    """Return best learning rate against the largest eigenvalue at initialisation."""
+    arms = [a for a in group.arms if a.peak and a.curvature and a.curvature.lambda_max > 0]
+    if len(arms) < 2:
+        return None
+    look, traces = styles(data.labels, data.baseline), []
+    for arm in arms:
+        assert arm.peak is not None and arm.curvature is not None
+        style, peak, top = look[arm.label], arm.peak, arm.curvature.lambda_max
+        text = f"<b>{arm.label}</b><br>eigenvalue {top:.3g}, best LR {rate(peak.lr)}"
+        traces.append(
+            {
+                "type": "scatter",
+                "name": arm.label,
+                "meta": arm.label,
+                "x": [top],
+                "y": [peak.lr],
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [peak.lr_high - peak.lr],
+                    "arrayminus": [peak.lr - peak.lr_low],
+                    "color": style.colour,
+                    "thickness": 1.5,
+                    "width": 0,
+                },
+                "mode": "markers",
+                "marker": {"color": style.colour, "symbol": style.marker, "size": 11},
+                "text": [text],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    title = "largest Hessian eigenvalue at the start"
+    return _chart(traces, 420, xaxis=_rates(title), yaxis=_rates("best learning rate"))
