@@ -15,6 +15,8 @@ _PUBLIC = {
     "Rule": "loralab.recipe",
     "Schedule": "loralab.recipe",
     "Recipe": "loralab.recipe",
+    "Method": "loralab.recipe",
+    "Paper": "loralab.recipe",
     "Study": "loralab.study",
     "UserError": "loralab.errors",
 }

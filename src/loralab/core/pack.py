@@ -282,8 +282,13 @@ class Pack(nn.Module):
                 gradient = self._gradient(k, name)
             W = wide(weight).detach()
             evidence = Evidence(W, spec.scale_at(name), spec.seed, name, gradient)
-            tensors = spec.recipe.form.init(site, evidence)
-            tensors |= spec.recipe.start.init(site, evidence)
+            start = spec.recipe.start
+            # An SVD of W serves every seed.
+            seed = spec.seed if start.seeded else None
+            once = self._starts.setdefault((start, seed, spec.scale_at(name), site), {})
+            if not once:
+                once["tensors"] = start.init(site, evidence)
+            tensors = spec.recipe.form.init(site, evidence) | once["tensors"]
             memo["tensors"] = {n: t for n, t in tensors.items() if n not in spec.recipe.form.shared}
         return memo["tensors"]
 
