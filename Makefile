@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 # One thread per worker: two workers with two threads each are slower than one on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-.PHONY: help venv demo test test-slow check static style types tables tables-check links clean
+.PHONY: help venv demo test test-slow check static style types tables tables-check golden links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -52,6 +52,9 @@ tables: venv ## write the tables that are generated from the registry
 
 tables-check: venv ## fail if a generated table is out of date
 	$(BIN)/python dev/tables.py --check
+
+golden: venv ## write the golden record of every method; run it after adding one
+	$(BIN)/python dev/golden.py
 
 links: venv ## fail if a relative link in a Markdown file leads nowhere
 	$(BIN)/python dev/check_links.py

@@ -1,0 +1,247 @@
+"""Properties of one adapter on one model: exactness, gradients, memory, files."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from loralab.core.adapter import Adapter, adapt, load
+from loralab.core.bank import has_gain, mergeable
+from loralab.core.layers import stored, weight_of
+from loralab.core.stopgrad import stops
+from loralab.errors import UserError
+from loralab.methods import build
+from loralab.recipe import Evidence, Site
+from loralab.testing.toy import (
+    RANK,
+    ToyModel,
+    ToyTask,
+    inputs,
+    toy_adapter,
+    toy_loss,
+    toy_trial,
+    trained_adapter,
+)
+from loralab.training.loop import train_pack
+from loralab.training.optimizer import PackOptimizer
+
+KINDS = (False, True)  # nn.Linear, transformers Conv1D
+
+
+def _bits(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "loralab" not in n}
+
+
+def _same(before: dict[str, Tensor], after: dict[str, Tensor], what: str) -> None:
+    assert before.keys() == after.keys(), f"{what}: parameters appeared or vanished"
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), f"{what}: {name} changed"
+
+
+def check_starts_at_base(name: str) -> None:
+    """At step 0 the adapted model is the base: bit for bit, or to rounding if rows are rescaled."""
+    for conv1d in KINDS:
+        for dtype in (torch.float32, torch.bfloat16):
+            model, x = ToyModel(dtype, conv1d), inputs(dtype)
+            before = model(x)
+            toy_adapter(name, model)
+            after = model(x)
+            if has_gain(build(name).form):
+                gap = (after - before).norm() / before.norm()
+                assert gap <= 8 * torch.finfo(dtype).eps, f"step 0 is off by {gap:.1e} in {dtype}"
+            else:
+                assert torch.equal(before, after), f"step 0 is not the base in {dtype}"
+
+
+def check_dense_equals_forward(name: str) -> None:
+    """The adapted forward is W' x with the merged W', in fp64, after training."""
+    for conv1d in KINDS:
+        adapter = trained_adapter(name, torch.float64, conv1d)
+        model, x = adapter.model, inputs(torch.float64)
+        adapted = model(x)
+        with adapter.disable():
+            base = model(x)
+        assert not torch.allclose(adapted, base, rtol=1e-3), "training left the update at nothing"
+        if not mergeable(build(name).form):
+            continue
+        torch.testing.assert_close(adapter.merge()(x), adapted, rtol=1e-10, atol=1e-11)
+
+
+def check_merge_is_exact(name: str) -> None:
+    """Merging and unmerging give back every bit of the base, its flags and the adapted output."""
+    for dtype in (torch.float32, torch.bfloat16):
+        adapter = trained_adapter(name, dtype)
+        model, x = adapter.model, inputs(dtype)
+        weights, adapted = _bits(model), model(x)
+        flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        if not mergeable(build(name).form):
+            try:
+                adapter.merge()
+            except UserError:
+                return
+            raise AssertionError("a Form without a dense update was merged")
+        for _ in range(3):
+            adapter.merge()
+            adapter.unmerge()
+        _same(weights, _bits(model), "merge and unmerge")
+        assert torch.equal(adapted, model(x)), "the adapted output changed by merge and unmerge"
+        now = {n: p.requires_grad for n, p in model.named_parameters()}
+        assert now == flags, "merge and unmerge changed what is trained"
+
+
+def check_disable_is_exact(name: str) -> None:
+    """Inside `disable` the model is the base to the bit; outside nothing has changed."""
+    bare = ToyModel()(inputs())
+    adapter = trained_adapter(name)
+    model = adapter.model
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    adapted = model(inputs())
+    with adapter.disable():
+        assert torch.equal(model(inputs()), bare), "disable does not give the base"
+    assert torch.equal(model(inputs()), adapted), "the adapter is not back after disable"
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}, "flags changed"
+
+
+def _dense_loss(adapter: Adapter, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss of a bare model that computes with W' built from the adapter's tensors."""
+    pack, bare = adapter.pack, ToyModel(torch.float64)
+    weights: dict[str, Tensor] = dict(bare.named_parameters())
+    for name, (_, bank) in zip(pack.names, pack.banks(), strict=True):
+        module = pack.model.get_submodule(name)
+        weights[f"{name}.weight"] = stored(module, bank.dense(weight_of(module).detach(), 0))
+    return toy_loss(lambda x: functional_call(bare, weights, (x,)), batch)  # type: ignore[arg-type]
+
+
+def check_gradients(name: str) -> None:
+    """Gradients equal those of the dense oracle, or differences where there is no dense W'."""
+    adapter = trained_adapter(name, torch.float64)
+    batch, tensors = ToyTask().batch("train", range(8)), adapter.parameters()
+    if mergeable(build(name).form):
+        ours = torch.autograd.grad(toy_loss(adapter.model, batch), tensors)
+        oracle = torch.autograd.grad(_dense_loss(adapter, batch), tensors)
+        for at, a, b in zip(adapter.named_parameters(), ours, oracle, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12, msg=f"gradient of {at} is off")
+        return
+    with stops(kept=False):
+        ours = torch.autograd.grad(toy_loss(adapter.model, batch), tensors)
+    for at, p, g in zip(adapter.named_parameters(), tensors, ours, strict=True):
+        step = 1e-6 * torch.where(g >= 0, 1.0, -1.0).to(g)
+        with torch.no_grad():
+            p.add_(step)
+            high = toy_loss(adapter.model, batch)
+            p.sub_(2 * step)
+            found = (high - toy_loss(adapter.model, batch)) / 2
+            p.add_(step)
+        torch.testing.assert_close(found, (g * step).sum(), rtol=1e-5, atol=1e-13, msg=at)
+
+
+def check_every_tensor_learns(name: str) -> None:
+    """Every tensor said to be trained has a non-zero gradient within three steps."""
+    model, task, seen = ToyModel(), ToyTask(), set()
+    pack = toy_adapter(name, model).pack
+    optimizer = PackOptimizer(pack, n_steps=30)  # so that no Schedule acts in these three
+    for step in range(3):
+        optimizer.zero_grad()
+        toy_loss(model, task.batch("train", range(8))).backward()
+        seen |= {n for n, p in pack.trainable().items() if p.grad is not None and p.grad.any()}
+        optimizer.collect()
+        optimizer.step(torch.tensor([1e-2]), torch.tensor([0.0]), step)
+    silent = sorted(set(pack.trainable()) - seen)
+    assert not silent, f"no gradient within three steps: {', '.join(silent)}"
+
+
+def check_parameter_count(name: str) -> None:
+    """The count is that of the tensors which the Form makes and the Rule trains."""
+    model = ToyModel()
+    adapter = toy_adapter(name, model)
+    recipe = build(name)
+    total = 0
+    shared: dict[str, int] = {}
+    for site_name in adapter.pack.names:
+        weight = weight_of(model.get_submodule(site_name))
+        site = Site(site_name, weight.shape[1], weight.shape[0], RANK)
+        made = recipe.form.init(site, Evidence(weight.detach(), 1.0, 0, site_name))
+        for n, t in made.items():
+            if n in recipe.form.frozen or not recipe.rule.trains(n):
+                continue
+            if n in recipe.form.shared:
+                shared[n] = max(shared.get(n, 0), t.numel())
+            else:
+                total += t.numel()
+    total += sum(shared.values())
+    assert adapter.pack.count_parameters() == [total], "count_parameters is wrong"
+    assert sum(p.numel() for p in adapter.parameters()) == total, "parameters() is not the trained"
+    assert all(p.requires_grad for p in adapter.parameters())
+
+
+def check_leaves_no_trace(name: str) -> None:
+    """Training never writes the base; removing the adapter gives back the very same model."""
+    model = ToyModel()
+    for p in model.head.parameters():
+        p.requires_grad_(False)
+    weights = _bits(model)
+    shape = {n: (type(m), dict(m.__dict__)) for n, m in model.named_modules()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    trained = train_pack(model, ToyTask(), [toy_trial(name, steps=6)])
+    _same(weights, _bits(model), "training")
+    trained.close()
+    _same(weights, _bits(model), "close")
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}, "flags changed"
+    for n, m in model.named_modules():
+        assert type(m) is shape[n][0], f"{n or 'the model'} is still a {type(m).__name__}"
+        assert m.__dict__.keys() == shape[n][1].keys(), f"{n or 'the model'} keeps new attributes"
+        assert not m._forward_hooks and not m._forward_pre_hooks, f"{n} keeps a hook"
+    assert {n for n, _ in model.named_modules()} == shape.keys(), "modules were left behind"
+
+
+def check_is_lean(name: str) -> None:
+    """No tensor of W's size is kept for backward, unless the Form declares `dense`."""
+    if build(name).form.dense:
+        return
+    n = 64
+    model = nn.Sequential(nn.Linear(n, n))
+    loss = lambda m, b: m(b).square().mean()  # noqa: E731
+    adapter = adapt(model, name, rank=RANK, data=[torch.ones(2, n)], loss=loss)
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    owned |= {p.untyped_storage().data_ptr() for p in adapter.pack.parameters()}
+    large: list[tuple[int, ...]] = []
+
+    def pack_hook(t: Tensor) -> Tensor:
+        if t.numel() >= n * n and t.untyped_storage().data_ptr() not in owned:
+            large.append(tuple(t.shape))
+        return t
+
+    x = torch.randn(2, n)
+    with saved_tensors_hooks(pack_hook, lambda t: t):
+        model(x).square().sum().backward()
+    assert not large, f"kept for backward: {large}; declare `dense = True` or avoid it"
+
+
+def check_save_and_load(name: str, folder: Path | None = None) -> None:
+    """A saved adapter, loaded on a fresh base, gives the same logits to the bit."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for conv1d in KINDS:
+            adapter = trained_adapter(name, conv1d=conv1d)
+            wanted = adapter.model(inputs())
+            path = adapter.save(Path(folder or temporary) / f"{name}-{conv1d}")
+            fresh = ToyModel(conv1d=conv1d)
+            load(fresh, path)
+            torch.testing.assert_close(fresh(inputs()), wanted, rtol=1e-6, atol=1e-6)
+
+
+CHECKS: list[Callable[[str], None]] = [
+    check_starts_at_base,
+    check_dense_equals_forward,
+    check_merge_is_exact,
+    check_disable_is_exact,
+    check_gradients,
+    check_every_tensor_learns,
+    check_parameter_count,
+    check_leaves_no_trace,
+    check_is_lean,
+    check_save_and_load,
+]

@@ -1,0 +1,137 @@
+"""A model and a task small enough to run every property on every method."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loralab.core.adapter import Adapter, adapt
+from loralab.recipe import Recipe
+from loralab.seeds import generator
+from loralab.study.trial import Trial
+from loralab.tasks.base import Batch, Task
+from loralab.training.loop import TrainedPack, train_pack
+
+RANK = 4
+N_IN, N_HIDDEN, N_CLASSES, N_TOKENS = 8, 12, 4, 3
+IGNORED = -100
+
+
+class ToyModel(nn.Module):
+    """Three adaptable layers (wide, square, narrow) and a head, on [rows, tokens, 8].
+
+    Args:
+        conv1d: take transformers' Conv1D, which stores W transposed, for the adaptable layers.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, conv1d: bool = False) -> None:
+        super().__init__()
+        layer: Any = nn.Linear
+        if conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            layer = lambda n, m: Conv1D(m, n)  # noqa: E731
+        self.up, self.mid = layer(N_IN, N_HIDDEN), layer(N_HIDDEN, N_HIDDEN)
+        self.down, self.head = layer(N_HIDDEN, N_IN), nn.Linear(N_IN, N_CLASSES)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                draw = torch.rand(p.shape, generator=generator("toy", name), dtype=torch.float64)
+                p.copy_((2 * draw - 1) * 0.5)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [rows, tokens, classes]."""
+        x = x.to(self.head.weight.dtype)
+        return self.head(x + self.down(torch.tanh(self.mid(torch.tanh(self.up(x))))))
+
+
+class ToyTask(Task):
+    """Classify each token by a random teacher; some tokens are padding."""
+
+    name, metric = "toy", "accuracy"
+
+    def __init__(self, n_items: int = 64) -> None:
+        g = generator("toy task")
+        self.x = torch.randn(n_items, N_TOKENS, N_IN, generator=g)
+        self.labels = (self.x @ torch.randn(N_IN, N_CLASSES, generator=g)).argmax(-1)
+        self.labels[torch.rand(self.labels.shape, generator=g) < 0.2] = IGNORED
+
+    def size(self, split: str) -> int:
+        """Return the number of items; all splits are the same."""
+        return len(self.x)
+
+    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        """Return inputs and labels of these items."""
+        return {"x": self.x[list(indices)], "labels": self.labels[list(indices)]}
+
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and the valid tokens per row."""
+        logits = model(batch["x"])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        each = F.cross_entropy(
+            logits.transpose(-1, -2), batch["labels"], ignore_index=IGNORED, reduction="none"
+        )
+        return each.sum(-1), (batch["labels"] != IGNORED).sum(-1)
+
+    def scores(self, model: nn.Module, split: str, indices: Sequence[int], copies: int) -> Tensor:
+        """Return the share of right tokens, [copies, items]."""
+        with torch.no_grad():
+            logits = model(self.x[list(indices)].repeat(copies, 1, 1))
+        right = (logits.argmax(-1) == self.labels[list(indices)].repeat(copies, 1)).float()
+        return right.mean(-1).unflatten(0, (copies, -1))
+
+
+def toy_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss of a batch, as `adapt(..., loss=)` takes it."""
+    sums, counts = ToyTask().losses(model, batch)
+    return sums.sum() / counts.sum()
+
+
+def toy_adapter(method: str | Recipe, model: nn.Module, rank: int = RANK, **more: Any) -> Adapter:
+    """Adapt a toy model, with gradients at hand for the starts that need them."""
+    batch = ToyTask().batch("train", range(16))
+    return adapt(model, method, rank=rank, data=[batch], loss=toy_loss, **more)
+
+
+def toy_trial(method: str, steps: int = 20, **more: Any) -> Trial:
+    """Return a short trial of the toy task."""
+    more = {"lr": 3e-3, "rank": RANK, "batch_size": 4, **more}
+    return Trial(model="toy", task="toy", method=method, steps=steps, **more)
+
+
+def train(
+    trials: Sequence[Trial], dtype: torch.dtype = torch.float32, conv1d: bool = False
+) -> TrainedPack:
+    """Train a pack on a fresh toy model."""
+    return train_pack(ToyModel(dtype, conv1d), ToyTask(), trials)
+
+
+def trained_adapter(
+    method: str, dtype: torch.dtype = torch.float32, conv1d: bool = False, steps: int = 10
+) -> Adapter:
+    """Train a little, so that Schedules have acted, and move every trained tensor off its start."""
+    trained = train([toy_trial(method, steps)], dtype, conv1d)
+    with torch.no_grad():
+        for name, p in trained.pack.trainable().items():
+            noise = torch.randn(p.shape, generator=generator("off", name), dtype=torch.float64)
+            p.add_(0.1 * noise.to(p))
+    return Adapter(trained.pack, method)
+
+
+def slot_tensors(trained: TrainedPack, trial: int) -> dict[str, Tensor]:
+    """Return copies of one trial's own tensors by name."""
+    pack, slot = trained.pack, trained.slots[trial]
+    assert slot is not None, "the trial has left its pack"
+    found = {}
+    for lo, bank in pack.banks():
+        if lo <= slot < lo + bank.size:
+            for name, value in bank.tensors(slot - lo, slot - lo + 1).items():
+                found[f"{bank.site.name}.{name}"] = value.detach().clone()
+    return found
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a fixed batch [5, tokens, 8]."""
+    return torch.randn(5, N_TOKENS, N_IN, generator=generator("inputs")).to(dtype)
