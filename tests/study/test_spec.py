@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from loralab.errors import UserError
@@ -132,3 +135,11 @@ def test_grid_values_do_not_move_when_it_widens():
     listed = Grid(values=(1e-4, 2e-4, 8e-4))
     assert listed.points(-2, 4) == [2.5e-5, 5e-5, 1e-4, 2e-4, 8e-4, 3.2e-3, 1.28e-2]
     assert Grid(values=(1e-3,)).points(-1, 1) == [5.62e-4, 1e-3, 1.78e-3]
+
+
+def test_the_example_is_complete_and_valid():
+    path = Path(__file__).parents[2] / "examples" / "study.toml"
+    spec, text = read_spec(path), path.read_text()
+    keys = {*spec.to_dict(), "epochs", "store", "data"}
+    missing = [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)]
+    assert not missing and len(spec.methods) == 7
