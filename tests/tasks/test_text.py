@@ -180,3 +180,13 @@ def test_gsm8k_compares_final_numbers():
     texts = {"so 3.\n#### 1,234": "1234", "#### 7.50 left": "7.5", "#### -2": "-2", "#### x": "",
              "it is 3, then 40.": "40", "none": ""}  # fmt: skip
     assert {t: final_number(t) for t in texts} == texts
+
+
+def test_gsm8k_without_annotations(tmp_path, words):
+    rows = [{"question": "a", "answer": "b <<1+1=2>> c\n#### 2"}] * 9
+    (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "other_train.jsonl").write_text("never read")
+    task = load_task(f"gsm8k:{tmp_path}?annotations=false", words)
+    assert task._items("train")[0].answer == " b  c\n#### 2"
+    with pytest.raises(UserError, match=r"'annotations' .* must be true or false"):
+        load_task(f"gsm8k:{tmp_path}?annotations=0", words)

@@ -135,8 +135,14 @@ def load_text(
     options: Mapping[str, Any],
     name: str | None = None,
     extract: Callable[[str], str] = str.strip,
+    rewrite: Callable[[Row], Row] | None = None,
 ) -> TextTask:
     """Return the task of a file, a folder of files or a hub data set.
+
+    Args:
+        name: of the task; in a folder, files whose names begin with it are preferred.
+        extract: gives the part of an answer that must match exactly.
+        rewrite: changes each row before it is read.
 
     Raises:
         UserError: no tokenizer, unreadable data, a row without a needed field, an empty split.
@@ -146,6 +152,8 @@ def load_text(
     title = name or (Path(path).stem if path else "text")
     spec = spec_from(TextSpec, options, f"task {title!r}")
     sources = _sources(path, spec, name or "")
+    if rewrite is not None:
+        sources = {split: [rewrite(row) for row in rows] for split, rows in sources.items()}
     read = {
         split: encode(pairs(rows, spec.prompt, spec.answer, tokenizer), tokenizer, spec, model)
         for split, rows in sources.items()
