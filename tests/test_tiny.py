@@ -29,10 +29,11 @@ def same(one, two):
 
 def test_pretraining_is_deterministic_and_leaves_global_randomness_alone():
     torch.manual_seed(1)
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     with torch.no_grad():
         one = pretrain(SMALL)
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
     torch.manual_seed(2)
     assert same(one, pretrain(SMALL))
     assert not same(one, pretrain(TinyRecipe(**{**vars(SMALL), "seed": 1})))

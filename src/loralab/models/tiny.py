@@ -11,7 +11,8 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,23 @@ def untrained(recipe: TinyRecipe) -> "LlamaForCausalLM":
     return model
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model gains little from more threads, and loses tenfold on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.enable_grad()
+@_one_thread()
 def pretrain(recipe: TinyRecipe, progress: Progress | None = None) -> "LlamaForCausalLM":
     """Return a freshly pre-trained base: AdamW on the answers of random lines.
 
-    Bit for bit the same for one or two threads with a given torch on a given processor.
+    Bit for bit the same every time with a given torch on a given processor.
     """
     model = untrained(recipe).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01, fused=True)
