@@ -110,7 +110,7 @@ BACKEND = Backend(
     load_model=load_model,
     load_task=lambda ref, tokenizer, model: FakeTask(),
     train_pack=train_pack,
-    curvature=lambda model, task, trials: [{"label": label} for label in trials],
+    curvature=lambda model, task, trials, way: [{"label": x, "way": way} for x in trials],
 )
 
 

@@ -99,6 +99,12 @@ def test_ties_take_the_middle():
     assert best_point({1.0: 5.0, 2.0: 5.0}, True) == 1.0
 
 
+def test_a_metric_that_is_flat_leaves_the_choice_to_the_training_loss():
+    flat = {1.0: 0.0, 2.0: 0.0, 3.0: 0.0}
+    assert best_point(flat, True, {1.0: 3.0, 2.0: 2.0, 3.0: 1.0}) == 3.0
+    assert best_point(flat | {1.0: -1.0}, True, {1.0: 0.0, 2.0: 2.0, 3.0: 1.0}) == 2.0
+
+
 def test_packs_cover_all_and_share_what_they_can():
     planned = grid_trials(SPEC, 10, families(SPEC))
     packs = pack_trials(planned, 12)

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from loralab.curvature.measure import WAYS
 from loralab.errors import UserError
 from loralab.study.grid import Grid
 from loralab.study.parse import parse, read_spec
-from loralab.study.spec import StudySpec
+from loralab.study.spec import CURVATURE_WAYS, StudySpec
 
 PLAIN = {"task": "synthetic", "steps": 10, "methods": ["lora"]}
 
@@ -141,5 +142,11 @@ def test_the_example_is_complete_and_valid():
     path = Path(__file__).parents[2] / "examples" / "study.toml"
     spec, text = read_spec(path), path.read_text()
     keys = {*spec.to_dict(), "epochs", "store", "data"}
-    missing = [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)]
+    missing = [key for key in sorted({*keys, "curvature"}) if not re.search(rf"\b{key}\b", text)]
     assert not missing and len(spec.methods) == 7
+
+
+def test_the_ways_of_curvature_are_those_that_exist():
+    assert set(CURVATURE_WAYS) == set(WAYS)
+    for value, way in ((True, "exact"), (False, None), ("gauss_newton", "gauss_newton")):
+        assert parse({**PLAIN, "curvature": value}, "s.toml").curvature == way

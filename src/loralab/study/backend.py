@@ -27,10 +27,10 @@ def _train_pack(*args: Any, **kwargs: Any) -> Any:
     return train_pack(*args, **kwargs)
 
 
-def _curvature(*args: Any) -> list[dict[str, Any]]:
+def _curvature(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
     from loralab.curvature import study_curvature
 
-    return study_curvature(*args)
+    return study_curvature(*args, **kwargs)
 
 
 def _early_stop() -> Any:

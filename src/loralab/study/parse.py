@@ -9,7 +9,7 @@ from typing import Any
 
 from loralab.errors import UserError, near_misses
 from loralab.study.grid import Grid, three_digits
-from loralab.study.spec import PIECES, SCHEDULES, MethodSpec, StudySpec
+from loralab.study.spec import CURVATURE_WAYS, PIECES, SCHEDULES, MethodSpec, StudySpec
 from loralab.study.table import Table
 
 _MULTIPLE = re.compile(r"(\d+(\.\d+)?)?r")
@@ -35,7 +35,7 @@ def read_spec(path: str | Path) -> StudySpec:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: {_placed(str(error), text)}") from None
-    return resolve_methods(parse(data, str(path)), str(path))
+    return resolve_methods(parse({"name": path.stem} | data, str(path)), str(path))
 
 
 def _placed(message: str, text: str) -> str:
@@ -82,7 +82,7 @@ def parse(data: Mapping[str, Any], source: str) -> StudySpec:
         margin=t.number("margin", 0.01, low=0, above=True),
         early_stop=t.flag("early_stop", False),
         widen=t.flag("widen", True),
-        curvature=t.flag("curvature", False),
+        curvature=_curvature(t),
         store=_store(t),
     )
     both = sorted(set(spec.seeds) & set(spec.confirm_seeds))
@@ -258,6 +258,13 @@ def _baseline(t: Table, methods: tuple[MethodSpec, ...]) -> str:
         hint = near_misses(baseline, labels) or f"; it must be one of {', '.join(labels)}"
         t.fail("baseline", f"{baseline!r} is no label of this study{hint}")
     return baseline
+
+
+def _curvature(t: Table) -> str | None:
+    value = t.take("curvature", False)
+    if isinstance(value, bool):
+        return CURVATURE_WAYS[0] if value else None
+    return t.choice("curvature", "", CURVATURE_WAYS)
 
 
 def _store(t: Table) -> str | None:

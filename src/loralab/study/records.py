@@ -66,7 +66,7 @@ def read(c: Connection, study: Mapping[str, Any], with_items: bool) -> StudyResu
     t = schema.trials
     query = select(t).where(t.c.status != "waiting").order_by(t.c.number)
     found = c.execute(query).mappings().all()
-    curves = _curves(c) if with_items else {}
+    curves = _curves(c)
     scores = _items(c) if with_items else {}
     choices = c.execute(select(schema.choices.c.choice).order_by(schema.choices.c.number))
     curvature = c.execute(select(schema.curvature.c.row).order_by(schema.curvature.c.number))

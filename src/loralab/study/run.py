@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,10 @@ from loralab.study.results import MethodChoice, TrialResult
 from loralab.study.search import Planned
 from loralab.study.spec import StudySpec
 from loralab.study.store import Store, StoredPack
+from loralab.study.trial import Trial
 from loralab.training.progress import Progress
 
+FAILED = "curvature failed"
 SPLITS = {"grid": ("validation",), "confirm": ("validation", "test")}
 
 
@@ -243,19 +246,27 @@ class Engine:
         self.store.split_pack(pack, halves([planned.trial.id for planned in pack.planned]))
 
     def _curvature(self, choices: Sequence[MethodChoice]) -> None:
-        """Measure curvature once for each label's trial at its chosen learning rate."""
-        if not self.spec.curvature or self.store.has_event("curvature"):
+        """Measure curvature once per label; what fails is recorded and costs nothing else."""
+        if self.spec.curvature is None:
             return
-        self.progress.say("measuring curvature at initialisation")
+        stored = self.store.results(with_items=False)
+        done = {row["label"] for row in stored.curvature}
+        done |= {event["label"] for event in stored.events if event["kind"] == FAILED}
         trials = search.curvature_trials(self.spec, self.bench.n_train, choices)
-        try:
-            rows = self.bench.backend.curvature(self.bench.model, self.bench.task, trials)
-        except (RuntimeError, NotImplementedError, UserError) as error:
-            # The comparison stands without its explanation, so it is not lost with it.
-            self.store.add_event("curvature", failed=str(error).splitlines()[0])
-            self.progress.say(f"curvature failed: {error}")
-            return
-        self.store.set_curvature(rows)
+        for label, trial in trials.items():
+            if label in done:
+                continue
+            self.progress.say(f"measuring curvature of {label} at initialisation")
+            try:
+                self.store.add_curvature(self._measured({label: trial}))
+            except (RuntimeError, NotImplementedError, UserError) as error:
+                cause = (str(error).splitlines() or [type(error).__name__])[0]
+                self.store.add_event(FAILED, label=label, cause=cause)
+                self.progress.say(f"no curvature of {label}: {cause}")
+
+    def _measured(self, trials: dict[str, Trial]) -> list[dict[str, Any]]:
+        bench = self.bench
+        return bench.backend.curvature(bench.model, bench.task, trials, way=self.spec.curvature)
 
 
 def _key(planned: Planned) -> tuple[str, int, int]:

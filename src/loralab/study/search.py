@@ -125,12 +125,34 @@ def point_means(results: Iterable[TrialResult], n_seeds: int) -> dict[Key, dict[
     }
 
 
-def best_point(points: Mapping[float, float], higher_is_better: bool) -> float | None:
-    """Return the learning rate with the best mean; of equal ones the middle, lower if even."""
+def final_losses(results: Iterable[TrialResult]) -> dict[Key, dict[float, float]]:
+    """Return per family and learning rate the mean of the last training losses of its seeds."""
+    losses: dict[Key, dict[float, list[float]]] = {}
+    for result in results:
+        if result.stage == "grid" and result.curve:
+            last = fmean(loss for _, loss in result.curve[-3:])
+            losses.setdefault(result.key, {}).setdefault(result.trial.lr, []).append(last)
+    return {
+        key: {lr: fmean(found) for lr, found in points.items()} for key, points in losses.items()
+    }
+
+
+def best_point(
+    points: Mapping[float, float],
+    higher_is_better: bool,
+    losses: Mapping[float, float] | None = None,
+) -> float | None:
+    """Return the learning rate with the best mean metric.
+
+    Of equal ones it is the middle, the lower if their number is even. When all points are equal
+    the metric says nothing (no item solved anywhere, say), and the lowest training loss decides.
+    """
     if not points:
         return None
     top = max(points.values()) if higher_is_better else min(points.values())
     tied = sorted(lr for lr, mean in points.items() if mean == top)
+    if losses and len(tied) == len(points):
+        return min(tied, key=lambda lr: losses.get(lr, float("inf")))
     return tied[(len(tied) - 1) // 2]
 
 
@@ -144,14 +166,15 @@ def _edge(spec: StudySpec, family: Family, best: float | None) -> str:
 def _choices(
     spec: StudySpec,
     parts: Sequence[Family],
-    means: Mapping[Key, Mapping[float, float]],
+    results: Sequence[TrialResult],
     higher_is_better: bool,
 ) -> list[MethodChoice]:
+    means, losses = point_means(results, len(spec.seeds)), final_losses(results)
     choices = []
     for f in parts:
         tested = set(spec.grid(f.method).points(f.low, f.high))
         known = {lr: mean for lr, mean in means.get(f.key, {}).items() if lr in tested}
-        best = best_point(known, higher_is_better)
+        best = best_point(known, higher_is_better, losses.get(f.key))
         edge = _edge(spec, f, best)
         choices.append(
             MethodChoice(*f.key, best, at_edge=edge, widened=f.widened, lower_bound=edge != "")
@@ -172,14 +195,13 @@ def grid_round(
     stops widening when the next round and the confirm stage no longer fit.
     """
     finished = {result.trial.id for result in results}
-    means = point_means(results, len(spec.seeds))
     parts = families(spec)
     refused: list[Key] = []
     for number in range(MAX_WIDENINGS + 1):
         pending = [p for p in grid_trials(spec, n_train, parts) if p.trial.id not in finished]
         if pending and number == 0:
             return Round(pending, [], number, refused)
-        choices = _choices(spec, parts, means, higher_is_better)
+        choices = _choices(spec, parts, results, higher_is_better)
         if pending or number == MAX_WIDENINGS or not spec.widen:
             break
         refused += _widen(spec, n_train, parts, choices, tokens_per_row)

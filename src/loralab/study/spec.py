@@ -12,6 +12,7 @@ from loralab.study.grid import Grid
 from loralab.study.trial import Trial, Value
 
 PIECES = ("form", "start", "rule", "schedule")
+CURVATURE_WAYS = ("exact", "closed_form", "gauss_newton")
 SCHEDULES = ("cosine", "linear", "constant")
 _NOT_HASHED = ("name", "store")  # they change no number
 
@@ -68,7 +69,8 @@ class StudySpec:
         margin: differences below it, in the metric's unit, count as equivalent.
         early_stop: end hopeless trials before their last step.
         widen: widen the grid of a method whose optimum lies at its edge.
-        curvature: measure curvature at initialisation after the grid stage.
+        curvature: how to measure curvature at initialisation after the grid stage, one of
+            `CURVATURE_WAYS`; None leaves it out.
         store: database URL; None means study.sqlite in the study's folder.
     """
 
@@ -98,7 +100,7 @@ class StudySpec:
     margin: float = 0.01
     early_stop: bool = False
     widen: bool = True
-    curvature: bool = False
+    curvature: str | None = None
     store: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

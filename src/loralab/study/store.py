@@ -231,14 +231,11 @@ class Store:
             where = schema.packs.c.id == pack_id
             c.execute(update(schema.packs).where(where).values(state="done"))
 
-    def set_curvature(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the curvature rows and record that they are complete."""
-        values = [{"number": i, "row": json.dumps(row)} for i, row in enumerate(rows)]
+    def add_curvature(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append curvature rows."""
         with self._transaction() as c:
-            c.execute(schema.curvature.delete())
-            if values:
-                c.execute(insert(schema.curvature), values)
-            records.add_event(c, now(), "curvature", {"rows": len(values)})
+            for row in rows:
+                c.execute(insert(schema.curvature).values(row=json.dumps(row)))
 
     def add_event(self, kind: str, **detail: Any) -> None:
         """Record something that happened beside the plan."""
@@ -273,7 +270,7 @@ class Store:
         return found
 
     def results(self, with_items: bool = True) -> StudyResults:
-        """Return all that is finished; without items and curves if not wanted (much faster)."""
+        """Return all that is finished; the score of each item only if wanted."""
         row = self.study()
         with self._transaction() as c:
             return records.read(c, row, with_items)
