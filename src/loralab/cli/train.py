@@ -1,0 +1,208 @@
+"""`loralab train`: one adapter, from a model and data to a folder."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loralab.cli.inputs import mean_and_error, open_model, writable_folder
+from loralab.cli.output import Answer, Command, plain
+from loralab.errors import UserError
+from loralab.training.progress import Progress
+
+RECORD = "training.json"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train one adapter and save it in PEFT's layout.
+
+    The folder also gets training.json with the settings, the loss curve and the scores. After an
+    interruption the same command goes on from the last checkpoint.
+    """
+
+    model: str
+    """`tiny`, a local folder or a Hugging Face id; options follow a question mark"""
+    data: str
+    """a task's name, a JSONL, JSON, CSV or Parquet file, or a Hugging Face data set"""
+    method: str
+    """a name of the catalogue (`loralab methods`)"""
+    out: Path
+    """folder for the adapter"""
+    lr: float = 3e-4
+    """peak learning rate; the best one differs between methods (`loralab study`)"""
+    rank: int = 8
+    """r"""
+    alpha: float | None = None
+    """numerator of the scale; the method's own rule by default"""
+    steps: int | None = None
+    """optimizer steps; `--epochs` by default"""
+    epochs: float = 1.0
+    """passes over the training data, when there is no `--steps`"""
+    batch_size: int = 16
+    """rows per step"""
+    seed: int = 0
+    """decides initialisation, data order and dropout"""
+    targets: tuple[str, ...] = ("all-linear",)
+    """layers to adapt: all-linear, suffixes, full names or one regular expression"""
+    modules_to_train: tuple[str, ...] = ()
+    """modules to train whole, such as a new head"""
+    form: str | None = None
+    """take the form from this method"""
+    init: str | None = None
+    """take the start from this method"""
+    rule: str | None = None
+    """take the update rule from this method"""
+    schedule: str | None = None
+    """take the schedule of the adapter (pruning, restarts) from this method"""
+    set: tuple[str, ...] = ()
+    """hyper-parameters of the method as NAME=VALUE (`loralab show METHOD` lists them)"""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """decay after the warm-up"""
+    warmup: float = 0.03
+    """fraction of the steps with a growing learning rate"""
+    weight_decay: float = 0.0
+    """decoupled, as in AdamW"""
+    clip: float = 1.0
+    """largest gradient norm; 0 for none"""
+    dropout: float = 0.0
+    """on the input of the low-rank branch"""
+    checkpoint_every: int = 50
+    """steps between checkpoints"""
+    dtype: str | None = None
+    """of the base: fp32, bf16, fp16; as stored by default"""
+    device: str | None = None
+    """cpu, cuda, cuda:1; a GPU by default if there is one"""
+
+    def run(self) -> Answer:
+        """Train, save, score."""
+        from loralab.core.adapter import Adapter
+        from loralab.methods import get
+        from loralab.tasks import load_task
+        from loralab.training.loop import slot_spec, train_pack
+
+        name = get(self.method).name
+        slot_spec(self.trial(steps=1))  # refuse bad numbers before anything is loaded
+        out = writable_folder(self.out)
+        model, processor = open_model(
+            self.model, dtype=self.dtype, device=self.device or default_device()
+        )
+        task = load_task(self.data, processor, model)
+        trial = self.trial(self.n_steps(task.size("train")))
+        checkpoint = out / CHECKPOINT
+        with Progress() as progress:
+            progress.expect(trial.steps)
+            trained = train_pack(
+                model,
+                task,
+                [trial],
+                checkpoint=checkpoint,
+                checkpoint_every=max(1, self.checkpoint_every),
+                progress=progress.pack(f"train {name}", trial.steps, 1),
+            )
+        outcome = trained.outcomes[0]
+        if outcome.status == "diverged":
+            checkpoint.unlink(missing_ok=True)
+            return Answer(
+                {"status": "diverged", "step": outcome.step, "outcome": outcome},
+                f"diverged at step {outcome.step}: nothing was saved; try a smaller --lr",
+                code=2,
+            )
+        Adapter(trained.pack, name).save(out)
+        record = {
+            "model": self.model,
+            "data": self.data,
+            "trial": trial.to_dict(),
+            "outcome": outcome,
+            "metric": task.metric,
+            "scores": {
+                split: score_of(trained.evaluate(split)[0]) for split in ("validation", "test")
+            },
+        }
+        (out / RECORD).write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+        checkpoint.unlink(missing_ok=True)
+        return Answer({"out": out, "status": outcome.status, **record}, _text(out, record))
+
+    def trial(self, steps: int) -> Any:
+        """Return the trial that this command asks for.
+
+        Raises:
+            UserError: a setting without a value.
+        """
+        from loralab.study.trial import Trial
+
+        pieces = {"form": self.form, "start": self.init, "rule": self.rule}
+        pieces["schedule"] = self.schedule
+        return Trial(
+            model=self.model,
+            task=self.data,
+            method=self.method,
+            lr=self.lr,
+            rank=self.rank,
+            alpha=self.alpha,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            steps=steps,
+            swaps={kind: owner for kind, owner in pieces.items() if owner is not None},
+            settings=dict(map(setting, self.set)),
+            targets=self.targets[0] if len(self.targets) == 1 else self.targets,
+            modules_to_train=self.modules_to_train,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            schedule=self.lr_schedule,
+            clip=self.clip,
+            dropout=self.dropout,
+        )
+
+    def n_steps(self, n_train: int) -> int:
+        """Return the number of steps for so many training items."""
+        if self.steps is not None:
+            return self.steps
+        if not 0 < self.epochs < math.inf:
+            raise UserError(f"--epochs must be greater than 0, not {self.epochs}")
+        return max(1, math.ceil(self.epochs * n_train / self.batch_size))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Return (name, value) of NAME=VALUE, the value as JSON if it is that, else as text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UserError(f"--set takes NAME=VALUE, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def default_device() -> str | None:
+    """Return "cuda" if there is a GPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def score_of(items: Any) -> dict[str, Any]:
+    """Return mean, standard error and number of a split's item scores."""
+    mean, error = mean_and_error(items.tolist())
+    return {"mean": mean, "standard_error": error, "n": len(items)}
+
+
+def score_text(score: dict[str, Any]) -> str:
+    """Return "0.9100 +- 0.0120 (n = 512)"."""
+    error = score["standard_error"]
+    spread = "" if error is None else f" +- {error:.4f}"
+    return f"{score['mean']:.4f}{spread} (n = {score['n']})"
+
+
+def _text(out: Path, record: dict[str, Any]) -> str:
+    outcome = record["outcome"]
+    lines = [f"saved {out}: {outcome.n_params:,} trained numbers, {outcome.seconds:.1f} s"]
+    if outcome.status != "done":
+        lines.append(f"{outcome.status} at step {outcome.step}: {outcome.reason}")
+    if outcome.curve:
+        lines.append(f"training loss {outcome.curve[0][1]:.4f} -> {outcome.curve[-1][1]:.4f}")
+    for split, score in record["scores"].items():
+        lines.append(f"{split} {record['metric']} {score_text(score)}")
+    return "\n".join(lines)
