@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from loralab.core.fused import FusedLowRank
 from loralab.core.layers import wide
 from loralab.core.scaling import ScaleRows
+from loralab.core.stopgrad import holds
 from loralab.recipe import Form, Recipe, Site, Tensors
 
 START = "_start"  # suffix of the frozen copies an anchored update is measured from
@@ -56,6 +58,7 @@ class Bank(nn.Module):
                 start = getattr(self, name).detach().clone()
                 self.register_buffer(name + START, start, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self._base_squares: Tensor | None = None  # |W_i|^2 [out], which never changes
         # Factors folded by restarts; they grow with each one.
         self.register_buffer("past_B", None, persistent=False)
         self.register_buffer("past_A", None, persistent=False)
@@ -100,23 +103,28 @@ class Bank(nn.Module):
         return D * self.scale[lo:hi, None, None]
 
     def gain(self, weight: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
-        """Return g [K, out] from the row norms of W + dW, without the dense product.
-
-        |W_i + dW_i|^2 = |W_i|^2 + 2 <(W A^T)_i, B_i> + <B_i, (A A^T) B_i>, in fp32.
-        """
-        W = wide(weight)
-        if not hasattr(self, "_row_squares") or self._row_squares.device != W.device:
-            self._row_squares = W.square().sum(-1)
-        if self.kind == "factors":
-            B, A = self.factors(lo, hi)
-            cross = (W @ A.mT * B).sum(-1)
-            squares = self._row_squares + 2 * cross + ((B @ (A @ A.mT)) * B).sum(-1)
-        else:
-            D = self.delta(lo, hi)
-            squares = self._row_squares + 2 * (W * D).sum(-1) + D.square().sum(-1)
-        # The sum can round below 0 where a row nearly vanishes; the floor keeps sqrt's gradient.
-        norm = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        """Return g [K, out] from the row norms of W + dW, in fp32."""
+        constant = self.form.constant_norm and holds()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            squares = self._row_squares(weight, lo, hi)
+            # The sum can round below 0 where a row nearly vanishes; the floor keeps sqrt's slope.
+            norm = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
         return self.form.gain(self.tensors(lo, hi), norm)
+
+    def _row_squares(self, weight: Tensor, lo: int, hi: int | None) -> Tensor:
+        """Return |W_i + dW_i|^2 [K, out]; for factors without the dense product.
+
+        |W_i + dW_i|^2 = |W_i|^2 + 2 <(W A^T)_i, B_i> + <B_i, (A A^T) B_i>.
+        """
+        if self._base_squares is None or self._base_squares.device != weight.device:
+            self._base_squares = torch.cat([w.square().sum(-1) for w in _wide_rows(weight)])
+        if self.kind != "factors":
+            D = self.delta(lo, hi)
+            cross = (wide(weight) * D).sum(-1)
+            return self._base_squares + 2 * cross + D.square().sum(-1)
+        B, A = self.factors(lo, hi)
+        WA = torch.cat([w @ A.mT for w in _wide_rows(weight)], dim=-2)
+        return self._base_squares + 2 * (WA * B).sum(-1) + ((B @ (A @ A.mT)) * B).sum(-1)
 
     def dense(self, weight: Tensor, slot: int) -> Tensor:
         """Return W' [out, in] of one slot in fp32 (fp64 for an fp64 base)."""
@@ -144,12 +152,24 @@ class Bank(nn.Module):
             row += n
         return torch.cat(parts)
 
+    def fusible(self) -> bool:
+        """Return whether the update is two factors and nothing else."""
+        return self.kind == "factors" and (not self.fast_branch or self.past_B is not None)
+
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the adapted output [rows, out], the base layer included, for equal row counts."""
+        B, A = self.factors()
+        g = self.gain(weight) if self.gains else None
+        x3 = x.view(self.size, -1, x.shape[-1])
+        y = FusedLowRank.apply(x3, weight, bias, A.to(x.dtype), B.to(x.dtype), g)
+        return y.flatten(0, 1)
+
     def _run(
         self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int
     ) -> Tensor:
         k, dtype = hi - lo, x.dtype
         x3, y3 = x.view(k, -1, x.shape[-1]), y.view(k, -1, y.shape[-1])
-        if self.kind == "factors" and (not self.fast_branch or self.past_B is not None):
+        if self.fusible():
             B, A = self.factors(lo, hi)
             B, A = B.to(dtype), A.to(dtype)
             z = torch.baddbmm(y3, torch.bmm(x3, A.mT), B.mT)
@@ -197,6 +217,13 @@ class Bank(nn.Module):
         for name, buffer in list(self._buffers.items()):
             if buffer is not None:
                 self._buffers[name] = buffer[index]
+
+
+def _wide_rows(weight: Tensor, n_rows: int = 1024) -> list[Tensor] | Iterator[Tensor]:
+    """Return W in fp32, a stretch of rows at a time where that makes a copy."""
+    if wide(weight) is weight:
+        return [weight]
+    return (wide(part) for part in weight.split(n_rows))
 
 
 def runs(counts: Sequence[int]) -> Iterator[tuple[int, int]]:

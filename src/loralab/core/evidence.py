@@ -43,7 +43,9 @@ def weight_gradients(
         for batch in batches:
             with torch.enable_grad():
                 grads = torch.autograd.grad(loss(model, batch), weights)
-            totals = [wide(g) if t is None else t + wide(g) for t, g in zip(totals, grads)]
+            totals = [
+                wide(g) if t is None else t + wide(g) for t, g in zip(totals, grads, strict=True)
+            ]
             n += 1
     finally:
         for w, flag in zip(weights, before, strict=True):

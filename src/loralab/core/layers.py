@@ -17,6 +17,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
+def is_plain(module: nn.Module, cls: type) -> bool:
+    """Return whether `cls` computes just x W^T + b, so that the base may be run without it."""
+    return cls is nn.Linear or (cls.__name__ == "Conv1D" and _is_conv1d(module))
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """Return W as [out, in]; a view for Conv1D, which stores its transpose."""
     return oriented(module, module.weight)  # type: ignore[arg-type]

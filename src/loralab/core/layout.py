@@ -47,6 +47,10 @@ class Layout:
             )
         return [r * (n // total) for r in rows]
 
+    def even(self, n: int) -> bool:
+        """Return whether all slots have equally many of n rows, checking that they add up."""
+        return len(set(self.rows_of(n))) == 1
+
     def counts(self, n_rows: int, n_flat: int) -> list[int]:
         """Return flattened rows per slot for an input of n_rows x (n_flat / n_rows) vectors."""
         per_row = n_flat // max(n_rows, 1)
@@ -71,9 +75,11 @@ class Layout:
         if x.dtype == dtype or x.dtype == torch.float64:
             return x
         base = x._base if x._base is not None else x
-        if self._last_cast is not None and self._last_cast[0]() is base:
-            if self._last_cast[1].shape == x.shape:
-                return self._last_cast[1]
+        if self._last_cast is not None:
+            reference, kept = self._last_cast
+            same = reference() is base and kept.shape == x.shape
+            if same and kept.requires_grad == x.requires_grad and kept.dtype == dtype:
+                return kept
         out = x.to(dtype)
         self._last_cast = (weakref.ref(base), out)
         return out

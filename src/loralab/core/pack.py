@@ -337,7 +337,10 @@ class Pack(nn.Module):
     def _stretches(self, name: str, targets: Sequence[list[str]]) -> list[tuple[int, int]]:
         """Return (lo, hi) of neighbouring slots that share a bank at a site."""
         found, lo = [], 0
-        keys = [s.bank_key(name) if name in t else None for s, t in zip(self.slots, targets)]
+        keys = [
+            s.bank_key(name) if name in t else None
+            for s, t in zip(self.slots, targets, strict=True)
+        ]
         for hi in range(1, len(keys) + 1):
             if hi == len(keys) or keys[hi] != keys[lo]:
                 if keys[lo] is not None:

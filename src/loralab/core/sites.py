@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from loralab.core.bank import Bank
-from loralab.core.layers import weight_of
+from loralab.core.layers import is_plain, weight_of
 from loralab.core.layout import Layout
 from loralab.seeds import generator
 
@@ -56,6 +56,10 @@ class LinearSite(nn.Module):
         """Return the layer's output, [..., out], for x [rows, ..., in], slot-major."""
         if self.layout.disabled:
             return base_forward(module, x)
+        if self._fusible(module, x):
+            (bank,) = self.banks
+            y = bank.fused(x.reshape(-1, x.shape[-1]), weight_of(module), module.bias)
+            return y.view(*x.shape[:-1], -1)
         y = base_forward(module, x)
         x2, y2 = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         x2 = self.layout.cast(x2, y2.dtype)
@@ -75,6 +79,17 @@ class LinearSite(nn.Module):
             parts.append(y2[row:])
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
+    def _fusible(self, module: nn.Module, x: Tensor) -> bool:
+        """Return whether one node can do base and update: a plain layer, one bank, equal rows."""
+        if len(self.banks) != 1 or not is_plain(module, type(module).__mro__[2]):
+            return False
+        (bank,) = self.banks
+        if bank.size != self.layout.size or not bank.fusible():
+            return False
+        if torch.is_autocast_enabled(x.device.type) or (bank.dropout and self.training):
+            return False
+        return self.layout.even(x.shape[0]) and x.dtype == module.weight.dtype
+
     def _dropped(self, x: Tensor, bank: Bank, first: int, counts: Sequence[int]) -> Tensor:
         """Apply LoRA's input dropout with one random stream per (slot, site, step)."""
         if not (bank.dropout and self.training):
@@ -84,7 +99,8 @@ class LinearSite(nn.Module):
             return nn.functional.dropout(x, bank.dropout)
         masks = [
             torch.rand(
-                counts[first + k], x.shape[-1],
+                counts[first + k],
+                x.shape[-1],
                 generator=generator(layout.seeds[first + k], self.name, "dropout", layout.step),
             )
             for k in range(bank.size)

@@ -23,11 +23,16 @@ class Stops:
 _STACK: list[Stops] = []
 
 
+def holds() -> bool:
+    """Return whether `stop_gradient` holds its argument constant now."""
+    return not _STACK or _STACK[-1].kept
+
+
 def stop_gradient(x: Tensor) -> Tensor:
     """Return x held constant in the backward pass, unless `stops(kept=False)` is in force."""
     for record in _STACK:
         record.n_met += 1
-    return x if _STACK and not _STACK[-1].kept else x.detach()
+    return x.detach() if holds() else x
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def adamw_step(
     rule: Rule, sites: Sequence[SiteState], hyper: Hyper, beta1: float, beta2: float, eps: float
 ) -> None:
     """Advance all tensors together; `rule` supplies the per-tensor learning-rate ratios."""
-    p, g, m, v, lr, decay, fix1, fix2 = ([] for _ in range(8))
+    p, g, m, v, lr, decay, fix1 = ([] for _ in range(7))
     for s in sites:
         if "steps" not in s.state:
             s.state["steps"] = torch.zeros_like(hyper.lr)

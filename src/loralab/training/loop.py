@@ -161,7 +161,7 @@ class _Run:
         self.sums = torch.zeros(len(trials), dtype=torch.float64)
         self.every = max(1, self.n_steps // 50)
         self.shown = [float("nan")] * len(trials)
-        self.memory = StepMemory(self.device)
+        self.memory = StepMemory(model)
         self.seconds = 0.0
 
     def alive(self) -> bool:
@@ -207,9 +207,7 @@ class _Run:
         clip = norm.new_tensor([t.clip if t.clip > 0 else float("inf") for t in owners])
         factor = torch.where(active, (clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
         self.optimizer.scale_gradients(factor)
-        rates = [
-            t.lr * lr_factor(t.schedule, t.warmup, self.step, self.n_steps) for t in owners
-        ]
+        rates = [t.lr * lr_factor(t.schedule, t.warmup, self.step, self.n_steps) for t in owners]
         lr = torch.where(active, norm.new_tensor(rates), 0.0)
         decay = norm.new_tensor([t.weight_decay for t in owners])
         self.optimizer.step(lr, decay, self.step)
@@ -289,11 +287,8 @@ class _Run:
 
 def slot_loss(sums: Tensor, counts: Tensor, rows: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Return each slot's loss [K], summed over its own tokens over their count, and the counts."""
-    parts = [
-        (s.sum(), c.sum()) for s, c in zip(sums.split(list(rows)), counts.split(list(rows)))
-    ]
-    n = torch.stack([c for _, c in parts])
-    total = torch.stack([s for s, _ in parts])
+    total = torch.stack([part.sum() for part in sums.split(list(rows))])
+    n = torch.stack([part.sum() for part in counts.split(list(rows))])
     return total / n.clamp_min(1), [int(c) for c in n]
 
 

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class StepMemory(contextlib.AbstractContextManager):
@@ -14,8 +14,11 @@ class StepMemory(contextlib.AbstractContextManager):
     counts the distinct storages that autograd keeps for backward; later steps cost nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak_bytes, self._done = device, 0, False
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(model.parameters())
+        self.device, self.peak_bytes, self._done = parameters[0].device, 0, False
+        # A view of a weight that autograd keeps is no memory of the step.
+        self._weights = {p.untyped_storage().data_ptr() for p in parameters}
         self._storages: dict[int, int] = {}
         self._hooks: Any = None
 
@@ -45,8 +48,8 @@ class StepMemory(contextlib.AbstractContextManager):
         self.peak_bytes, self._done = peak_bytes, True
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
             self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

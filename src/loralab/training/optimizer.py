@@ -1,7 +1,6 @@
 """The Rules and Schedules of a pack, applied; and the torch Optimizer of a single adapter."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

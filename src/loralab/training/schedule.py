@@ -1,4 +1,4 @@
-"""Learning-rate schedules and data order: functions of the step, so that a resume needs no state."""
+"""Learning-rate schedules and data order: functions of the step, so a resume needs no state."""
 
 import math
 from collections.abc import Callable
