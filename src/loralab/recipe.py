@@ -111,6 +111,11 @@ class Form:
         """
         raise NotImplementedError
 
+    @property
+    def constant_norm(self) -> bool:
+        """Return whether `gain` holds the row norm constant in the backward pass."""
+        return False
+
     def penalty(self, t: Tensors, site: Site) -> Tensor | None:
         """Return a regulariser per slot [*] for the training loss only, or None."""
         return None

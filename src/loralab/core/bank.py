@@ -79,7 +79,12 @@ class Bank(nn.Module):
         return now | {n: self._buffers[n + START][lo:hi] for n in self.trained}  # type: ignore[index]
 
     def factors(self, lo: int = 0, hi: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return (B, A) with dW = B A, s included, the anchor and restarts taken in.
+        """Return (B, A) with dW = B A, s included, the anchor and restarts taken in."""
+        B, A = self.unscaled_factors(lo, hi)
+        return B * self.scale[lo:hi, None, None], A
+
+    def unscaled_factors(self, lo: int = 0, hi: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return (B, A) with dW = s B A, the anchor and restarts taken in.
 
         Anchored: B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly 0 at t0 in any dtype.
         """
@@ -90,7 +95,7 @@ class Bank(nn.Module):
         if self.past_B is not None:
             B = torch.cat([B, self.past_B[lo:hi]], -1)
             A = torch.cat([A, self.past_A[lo:hi]], -2)
-        return B * self.scale[lo:hi, None, None], A
+        return B, A
 
     def delta(self, lo: int = 0, hi: int | None = None) -> Tensor:
         """Return dW [K, out, in], s included, before any gain."""

@@ -45,6 +45,10 @@ class DoRA(Form):
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return t["B"], t["A"]
 
+    @property
+    def constant_norm(self) -> bool:
+        return self.detach_norm
+
     def gain(self, t: Tensors, row_norm: Tensor) -> Tensor:
         norm = stop_gradient(row_norm) if self.detach_norm else row_norm
         # A row of zeros has m = 0 and norm = 0; its gain is 0, not 0/0.
