@@ -83,6 +83,7 @@ def compare_group(
             ),
             rows[base].n_lost,
             margin,
+            len(differences),
         )
     return rows
 
@@ -171,16 +172,21 @@ def _difference(
     if not seeds:
         return None
     items = [(scores[s][1], base[s][1]) for s in seeds]
-    sizes = {np.size(part) for pair in items for part in pair}
-    if all(part is not None for pair in items for part in pair) and len(sizes) == 1:
-        d = np.array([np.asarray(m, float) - np.asarray(b, float) for m, b in items])
+    parts = [part for pair in items for part in pair if part is not None]
+    if len(parts) == 2 * len(items) and len({part.size for part in parts}) == 1:
+        d = np.array(
+            [
+                m.astype(float) - b.astype(float)
+                for m, b in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        )
     else:
         d = np.array([[scores[s][0] - base[s][0]] for s in seeds])
     rng = np.random.default_rng(stable_seed("paired bootstrap", *key))
     return paired_difference(unit.sign * d, margin, rng, seed_variance)
 
 
-def _decide(row: Comparison, baseline_lost: int, margin: float) -> Comparison:
+def _decide(row: Comparison, baseline_lost: int, margin: float, n_compared: int) -> Comparison:
     assert row.difference is not None
     d = row.difference
     if d.n_seeds < 2:
@@ -189,5 +195,6 @@ def _decide(row: Comparison, baseline_lost: int, margin: float) -> Comparison:
     # Runs that were lost are missing from the mean, so a good mean proves nothing.
     if (row.n_lost and said != "worse") or (baseline_lost and said != "better"):
         return dataclasses.replace(row, verdict="undecided", reason="lost runs")
-    needed = seeds_needed(d, margin) if said == "undecided" else None
+    # Holm asks for alpha / n at its strictest step; plan for that.
+    needed = seeds_needed(d, margin, 0.05 / n_compared) if said == "undecided" else None
     return dataclasses.replace(row, verdict=said, seeds_needed=needed)

@@ -13,7 +13,7 @@ from loralab.report.data import Arm, Group, ReportData
 from loralab.report.palette import INK, MATPLOTLIB, Style, styles
 
 BLACK = "#111111"
-RC = {
+RC: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -58,7 +58,7 @@ def save(figure: Figure, folder: Path, stem: str) -> None:
 
 
 def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **share: bool
+    width: float, height: float, rows: int = 1, columns: int = 1, **share: Any
 ) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **share)
@@ -87,7 +87,7 @@ def _curve(ax: Axes, data: ReportData, arm: Arm, style: Style, floor: float) -> 
         zorder=3 if arm.is_baseline else 2,
     )
     lost = [p.lr for p in arm.curve if p.n_diverged]
-    ax.plot(lost, [floor] * len(lost), ls="", marker="x", ms=5, color=colour, clip_on=False)
+    ax.plot(lost, [floor] * len(lost), ls="", marker="x", ms=5, color=colour)
 
 
 def floor_of(data: ReportData, group: Group) -> float:
@@ -120,7 +120,8 @@ def lr_curves_each(data: ReportData, group: Group) -> Figure | None:
     look, floor = styles(data.labels, data.baseline), floor_of(data, group)
     columns = min(4, len(arms))
     rows = math.ceil(len(arms) / columns)
-    figure, axes = _figure(2.3 * columns, 1.9 * rows, rows, columns, sharex=True, sharey=True)
+    width, height = max(2.3 * columns, 3.6), 1.9 * rows + 0.5
+    figure, axes = _figure(width, height, rows, columns, sharex=True, sharey=True)
     for ax, arm in zip(axes.flat, arms, strict=False):
         _curve(ax, data, group.baseline, look[data.baseline], floor)
         _curve(ax, data, arm, look[arm.label], floor)
@@ -232,10 +233,11 @@ def curvature(data: ReportData, group: Group) -> Figure | None:
         return None
     look = styles(data.labels, data.baseline)
     figure, axes = _figure(6.0, 4.2)
-    ax = axes[0, 0]
+    ax, places = axes[0, 0], {}
     for arm in arms:
         assert arm.peak is not None and arm.curvature is not None
         x, y, style = arm.curvature.lambda_max, arm.peak.lr, look[arm.label]
+        places[arm.label] = (x, y)
         colour = _colour(style)
         ax.plot([x, x], [arm.peak.lr_low, arm.peak.lr_high], color=colour, lw=1.5)
         ax.plot(x, y, MATPLOTLIB[style.marker], color=colour, ms=7)
@@ -246,7 +248,7 @@ def curvature(data: ReportData, group: Group) -> Figure | None:
         ylabel=f"best {RATE}",
     )
     figure.draw_without_rendering()
-    _name_points(ax, {a.label: (a.curvature.lambda_max, a.peak.lr) for a in arms}, look)
+    _name_points(ax, places, look)
     return figure
 
 

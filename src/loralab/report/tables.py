@@ -1,12 +1,12 @@
 """The report's tables as plain cells, shared by the page, the CSV files and the terminal."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loralab.report.data import Arm, Group, ReportData
-from loralab.report.units import DASH, amount, count, duration, factor, number, rate
+from loralab.report.units import DASH, amount, count, duration, factor, rate
 from loralab.report.words import remedy
 
 
@@ -39,7 +39,7 @@ def ranked(group: Group) -> list[Arm]:
 
 
 def _table(
-    columns: dict[str, Callable[[Arm], Cell]], arms: list[Arm], keep: bool = True
+    columns: Mapping[str, Callable[[Arm], Cell]], arms: list[Arm], keep: bool = True
 ) -> Table | None:
     if not arms or not keep:
         return None
@@ -233,10 +233,3 @@ def cases_table(data: ReportData, group: Group) -> Table | None:
         "final runs lost": lambda arm: _number(str(arm.comparison.n_lost)),
     }
     return _table(columns, arms)
-
-
-def score_spread(data: ReportData, arm: Arm) -> str:
-    """Return "81.2 (80.4 to 82.0)"-like text for the terminal."""
-    f = arm.comparison.final
-    text = data.unit.value(f.estimate)
-    return f"{text} ± {number((f.high - f.low) / 2 * data.unit.factor)}" if f.n > 1 else text

@@ -161,7 +161,7 @@ def remedy(data: ReportData, arm: Arm) -> str:
     d = row.difference
     assert d is not None
     if row.seeds_needed:
-        return f"about {row.seeds_needed} seeds in place of {d.n_seeds}"
+        return f"about {row.seeds_needed} seeds, now {d.n_seeds}"
     if d.n_items > 1:
         return f"more than {d.n_items} items; seeds alone do not decide"
     return "over 100 seeds"

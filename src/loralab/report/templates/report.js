@@ -22,7 +22,7 @@
     }
     if (narrow.matches) figure.layout.font.size = 11;
     figure.layout.hoverlabel.bgcolor = colour("--wash");
-    Plotly.react(plot, figure.data, figure.layout, { displayModeBar: false, responsive: true });
+    Plotly.react(plot, figure.data, figure.layout, { displayModeBar: false });
   };
 
   for (const chips of document.querySelectorAll(".chips")) {
@@ -36,6 +36,12 @@
       draw(plot);
     });
   }
+  // A plot follows its own box: a phone that turns, a window that narrows, a panel that opens.
+  const boxes = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (target.data) Plotly.Plots.resize(target);
+  });
+  plots.forEach((plot) => boxes.observe(plot));
+
   const drawAll = () => plots.forEach(draw);
   theme.addEventListener("change", drawAll);
   narrow.addEventListener("change", drawAll);

@@ -171,8 +171,9 @@ def seeds_needed(
     """Return how many seeds would decide, were the estimate and the variances the truth.
 
     "Decide" means that a 1 - alpha interval leaves zero, or a 1 - 2 alpha interval fits inside the
-    margin, in expectation (power one half). None: one seed only, so no spread is known, or no
-    number up to `most` suffices because the test set itself is too small.
+    margin, in expectation (power one half); degrees of freedom grow with the seeds. None: one seed
+    only, so no spread is known, or no number up to `most` suffices, because the test set itself is
+    too small.
     """
     if not math.isfinite(difference.var_seed):
         return None
@@ -182,8 +183,9 @@ def seeds_needed(
     size = abs(difference.estimate)
     for n in range(difference.n_seeds + 1, most + 1):
         se = math.sqrt((difference.var_seed + rest / items) / n + var_item / items)
-        differs = size > stats.t.ppf(1 - alpha / 2, n - 1) * se
-        within = margin - size > stats.t.ppf(1 - alpha, n - 1) * se
+        df = difference.df * n / difference.n_seeds
+        differs = size > stats.t.ppf(1 - alpha / 2, df) * se
+        within = margin - size > stats.t.ppf(1 - alpha, df) * se
         if differs or within:
             return n
     return None
