@@ -73,7 +73,7 @@ def parse(data: Mapping[str, Any], source: str) -> StudySpec:
         metric=t.text("metric", "") if t.has("metric") else None,
         targets=_targets(t),
         modules_to_train=_texts(t, "modules_to_train"),
-        warmup=t.number("warmup", 0.03, low=0, high=1),
+        warmup=t.number("warmup", 0.03, low=0, high=0.99),
         schedule=t.choice("schedule", "cosine", SCHEDULES),
         weight_decay=t.number("weight_decay", 0.0, low=0),
         clip=t.number("clip", 1.0, low=0),
