@@ -1,24 +1,41 @@
 """Properties of a pack: no slot sees its neighbours."""
 
 import torch
+from torch import Tensor
 
 from loralab.testing.toy import slot_tensors, toy_trial, train
 
 
 def check_packed_equals_alone(name: str, tolerance: float = 1e-5) -> None:
-    """Packed equals alone after 20 steps in fp32, under permutation and subset of the pack."""
+    """Packed equals alone after 20 steps, under permutation and subset of the pack.
+
+    In fp64 to 1e-9 relative, which proves that the computation is the same one; in fp32 to
+    `tolerance`, or to eight times the rounding of the method itself, the distance of the
+    lone fp32 run from the lone fp64 run (LoFT solves with ill-conditioned Gram matrices).
+    """
     trials = [
         toy_trial(name, lr=3e-3, seed=0),
         toy_trial(name, lr=1e-3, seed=1, batch_size=6),
         toy_trial(name, lr=2e-3, seed=0, weight_decay=0.1, clip=0.1, alpha=6.0),
     ]
+    exact = [slot_tensors(train([t], torch.float64), 0) for t in trials]
     alone = [slot_tensors(train([t]), 0) for t in trials]
     for order in ([0, 1, 2], [2, 0, 1], [1, 2]):
-        packed = train([trials[i] for i in order])
+        in64 = train([trials[i] for i in order], torch.float64)
+        in32 = train([trials[i] for i in order])
         for at, i in enumerate(order):
-            for tensor, value in slot_tensors(packed, at).items():
-                gap = (value - alone[i][tensor]).norm() / alone[i][tensor].norm().clamp_min(1e-12)
-                assert gap <= tolerance, f"{tensor} of trial {i} in {order} is off by {gap:.1e}"
+            for n, value in slot_tensors(in64, at).items():
+                gap = _gap(value, exact[i][n])
+                assert gap <= 1e-9, f"{n} of trial {i} in {order} is off by {gap:.1e} in fp64"
+            for n, value in slot_tensors(in32, at).items():
+                allowed = max(tolerance, 8 * _gap(alone[i][n], exact[i][n]))
+                gap = _gap(value, alone[i][n])
+                assert gap <= allowed, f"{n} of trial {i} in {order} is off by {gap:.1e} in fp32"
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12)).item()
 
 
 def check_divergence_stays_alone(name: str) -> None:
