@@ -100,10 +100,13 @@ class Adapter:
     Attributes:
         pack: the pack of one that does the work.
         method: the method's name, or an empty string for a Recipe of the user's own.
+        foreign_config: keys of a loaded adapter_config.json that we have no use for; `save` keeps
+            them.
     """
 
     def __init__(self, pack: Pack, method: str) -> None:
         self.pack, self.method = pack, method
+        self.foreign_config: dict[str, Any] = {}
         self._merged: Merged | None = None
 
     @property

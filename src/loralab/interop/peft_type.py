@@ -1,0 +1,125 @@
+"""What each of PEFT's adapter types says about itself."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from loralab.core.bank import START
+from loralab.core.pack import SlotSpec
+from loralab.core.targets import by_pattern
+from loralab.interop.portable import PAST, Portable, exact_patterns
+from loralab.recipe import Tensors
+
+
+@dataclass(frozen=True)
+class View:
+    """An adapter as PEFT writes it: configuration keys, tensors by site and key ending."""
+
+    config: dict[str, Any]
+    sites: dict[str, Tensors]
+    shared: Tensors = field(default_factory=dict)
+
+
+class PeftType:
+    """One of PEFT's types, both ways.
+
+    Attributes:
+        name: PEFT's `peft_type`.
+        suffixes: endings of the keys of one site.
+        keys: configuration keys that `read` uses and `view` writes.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    keys: ClassVar[tuple[str, ...]]
+
+    def view(self, portable: Portable) -> View | None:
+        """Return the adapter in this type, or None where PEFT's type is another function."""
+        raise NotImplementedError
+
+    def site_back(self, said: Tensors, portable: Portable, site: str) -> Tensors:
+        """Return our tensors of a site, as far as PEFT's tell them."""
+        raise NotImplementedError
+
+    def shared_back(self, said: Tensors, portable: Portable) -> Tensors:
+        """Return our shared tensors, as far as PEFT's tell them."""
+        return {}
+
+    def read(
+        self,
+        config: dict[str, Any],
+        sites: dict[str, Tensors],
+        shared: Tensors,
+        whole: dict[str, Tensors],
+    ) -> Portable:
+        """Return the adapter that PEFT wrote.
+
+        Raises:
+            UserError: an option that we cannot run, or tensors that contradict the configuration.
+        """
+        raise NotImplementedError
+
+
+def plain(portable: Portable) -> bool:
+    """Return whether the update is the Form's alone: no anchor, no folded restarts."""
+    names = {n for own in portable.sites.values() for n in own}
+    return not any(n.endswith(START) or n in PAST for n in names)
+
+
+def alpha_at(spec: SlotSpec, name: str) -> float:
+    """Return alpha at a site, the Form's default where none was given."""
+    rank = spec.rank_at(name)
+    alpha = by_pattern(name, spec.alpha_pattern, spec.alpha)
+    return spec.recipe.form.default_alpha(rank) if alpha is None else alpha
+
+
+def uniform(values: dict[str, Any]) -> Any:
+    """Return the one value that all sites have, or None."""
+    found = set(values.values())
+    return found.pop() if len(found) == 1 else None
+
+
+def common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most frequent value and a pattern for each other site."""
+    counts = list(values.values())
+    usual = max(dict.fromkeys(counts), key=counts.count)
+    others = {n: v for n, v in values.items() if v != usual}
+    # PEFT reads a pattern as a regular expression after any prefix; ^ makes it a whole name.
+    twice = {n for n in others if any(m != n and m.endswith("." + n) for m in values)}
+    return usual, {f"^{re.escape(n)}" if n in twice else n: v for n, v in others.items()}
+
+
+def value_at(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """Return the value of the first key that fits `name` in PEFT's reading of patterns."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def as_number(value: float) -> int | float:
+    """Return an int for a whole number: PEFT's fields for alpha are annotated as int."""
+    return int(value) if float(value).is_integer() else value
+
+
+def spec_of(
+    recipe: Any,
+    config: dict[str, Any],
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    dropout: float,
+    whole: dict[str, Tensors],
+) -> SlotSpec:
+    """Return the specification of an adapter that PEFT wrote; ranks and alphas by site."""
+    (rank, _), (alpha, _) = common(ranks), common(alphas)
+    targets = config.get("target_modules") or tuple(ranks)
+    return SlotSpec(
+        recipe=recipe,
+        rank=rank,
+        alpha=alpha,
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        dropout=dropout,
+        modules_to_train=tuple(whole),
+        rank_pattern=exact_patterns({n: r for n, r in ranks.items() if r != rank}, ranks),
+        alpha_pattern=exact_patterns({n: a for n, a in alphas.items() if a != alpha}, ranks),
+    )

@@ -1,0 +1,281 @@
+"""An adapter apart from its model: what a folder holds, between files and a Pack."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.core.bank import START, Bank
+from loralab.core.layers import is_linear, weight_of
+from loralab.core.pack import Pack, SlotSpec
+from loralab.core.targets import linear_names, matches_suffix, resolve_targets
+from loralab.errors import UserError, near_misses
+from loralab.recipe import Evidence, Site, Start, Tensors
+
+if TYPE_CHECKING:
+    from loralab.core.adapter import Adapter
+
+PAST = ("past_B", "past_A")
+
+
+@dataclass(frozen=True)
+class Portable:
+    """One adapter without its model.
+
+    Attributes:
+        sites: per adapted layer its tensors without pack axes: the Form's own by name, what an
+            anchored update is measured from as name + START, folded restarts as `PAST`.
+        shared: the tensors that all sites share.
+        whole: per module trained whole its parameters by name.
+        sizes: (outputs, inputs) per site, None where a file does not tell.
+        config: keys of adapter_config.json that say nothing about tensors.
+        foreign: keys of a loaded adapter_config.json that are kept as they are.
+        transposed: the layers store W as [in, out] (Conv1D).
+        start_again: the file has no anchor; it is what the Start makes of the base.
+    """
+
+    spec: SlotSpec
+    method: str
+    sites: dict[str, Tensors]
+    shared: Tensors
+    whole: dict[str, Tensors]
+    sizes: Mapping[str, tuple[int, int] | None]
+    config: dict[str, Any]
+    foreign: dict[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+    start_again: bool = False
+
+    def bank(self, name: str) -> Bank:
+        """Return a bank of one for a site.
+
+        Raises:
+            UserError: the layer's sizes are unknown without the base.
+        """
+        size = self.sizes[name]
+        if size is None or self.start_again:
+            raise UserError(
+                "this adapter's files do not tell the sizes of the layers or their start; load it "
+                "on its base with loralab.load and save or export it from there"
+            )
+        own = self.sites[name]
+        tensors = {n: t[None] for n, t in own.items() if n not in PAST and not n.endswith(START)}
+        tensors |= {n: t[None] for n, t in self.shared.items()}
+        recipe = replace(self.spec.recipe, start=Blank(any(n.endswith(START) for n in own)))
+        site = Site(name, size[1], size[0], self.spec.rank_at(name))
+        like = next(iter(tensors.values()))
+        bank = Bank(recipe, site, tensors, like.new_tensor([self.spec.scale_at(name)]), 0.0)
+        for n, t in own.items():
+            if n in PAST or n.endswith(START):
+                bank._buffers[n] = t[None]
+        return bank
+
+
+@dataclass(frozen=True)
+class Blank(Start):
+    """Stands in for a Start whose tensors come from a file."""
+
+    pair_only = False
+    anchored: bool = False
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        """Replace nothing."""
+        return {}
+
+
+def from_adapter(adapter: "Adapter") -> Portable:
+    """Return copies of an adapter's tensors with what is needed to write them."""
+    pack = adapter.pack
+    spec, model = pack.slots[0], pack.model
+    modules = {n: model.get_submodule(n) for n in pack.names}
+    sites: dict[str, Tensors] = {}
+    shared: Tensors = {}
+    for name, site in zip(pack.names, pack.sites, strict=True):
+        bank = site.banks[0]
+        sites[name] = _tensors(bank)
+        shared |= {n: _copy(getattr(bank, n)[0]) for n in bank.names if n in bank.form.shared}
+    return Portable(
+        spec=spec,
+        method=adapter.method,
+        sites=sites,
+        shared=shared,
+        whole={
+            name: {n: _copy(getattr(whole, n)[0]) for n in whole.names}
+            for name, whole in zip(pack.whole_names, pack.whole, strict=True)
+        },
+        sizes={n: (*weight_of(m).shape,) for n, m in modules.items()},  # type: ignore[misc]
+        config=_describe(model, pack),
+        foreign=dict(adapter.foreign_config),
+        transposed=any(not isinstance(m, nn.Linear) for m in modules.values()),
+    )
+
+
+def onto(model: nn.Module, portable: Portable) -> "Adapter":
+    """Attach to `model` and return the Adapter.
+
+    Raises:
+        UserError: a layer is absent from the model or has other sizes.
+    """
+    from loralab.core.adapter import Adapter
+
+    _check_names(model, portable)
+    spec = portable.spec
+    recipe = spec.recipe
+    if not portable.start_again:
+        recipe = replace(recipe, start=Blank(recipe.start.anchored))
+    pack = Pack(model, [replace(spec, recipe=recipe, targets=_targets(model, portable))])
+    try:
+        _fill(pack, portable)
+    except BaseException:
+        pack.close()
+        raise
+    # The pack keeps the targets as they were asked for, so that saving again says the same.
+    asked = _targets(model, portable) if _is_foreign(model, portable) else spec.targets
+    pack.slots = [replace(spec, targets=asked)]
+    adapter = Adapter(pack, portable.method)
+    adapter.foreign_config = dict(portable.foreign)
+    return adapter
+
+
+def exact_patterns(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return {pattern: value} whose patterns fit only the layer they name among `names`."""
+    names = list(names)
+    return {exact(name, names): value for name, value in values.items()}
+
+
+def exact(name: str, names: Iterable[str]) -> str:
+    """Return a pattern for one name: itself, or an expression where it is another's suffix."""
+    twice = any(n != name and matches_suffix(n, name) for n in names)
+    return f"(?:{re.escape(name)})" if twice else name
+
+
+def _tensors(bank: Bank) -> Tensors:
+    found = {n: getattr(bank, n) for n in bank.names if n not in bank.form.shared}
+    if bank.anchored:
+        found |= {n + START: getattr(bank, n + START) for n in bank.trained}
+    found |= {n: getattr(bank, n) for n in PAST if getattr(bank, n) is not None}
+    return {n: _copy(t[0]) for n, t in found.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _describe(model: nn.Module, pack: Pack) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    base = getattr(config, "_name_or_path", None) or None
+    return {
+        "base_model_name_or_path": base,
+        "task_type": _task_type(model, pack.whole_names),
+        "target_modules": _shortest(model, pack.names, pack.whole_names),
+        "modules_to_save": list(pack.whole_names) or None,
+        "inference_mode": True,
+    }
+
+
+def _task_type(model: nn.Module, whole: list[str]) -> str | None:
+    """Return PEFT's task type where PEFT then builds what this adapter is."""
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    # For this one PEFT expects the head in the file, whatever modules_to_save says.
+    if name.endswith("ForSequenceClassification") and {"classifier", "score"} & set(whole):
+        return "SEQ_CLS"
+    return None
+
+
+def _shortest(model: nn.Module, names: list[str], whole: list[str]) -> list[str]:
+    """Return suffixes that select `names` and nothing else in PEFT's reading, or full names."""
+    endings = sorted({n.rsplit(".", 1)[-1] for n in names})
+    hit = {
+        n
+        for n, _ in model.named_modules()
+        if any(matches_suffix(n, e) for e in endings) and n not in whole
+    }
+    return endings if hit == set(names) else list(names)
+
+
+def _check_names(model: nn.Module, portable: Portable) -> None:
+    modules = dict(model.named_modules())
+    known = linear_names(model)
+    for name in portable.sites:
+        if name not in modules:
+            hint = near_misses(name, known, n=1) or f"; its layers are named like {known[:1]}"
+            raise UserError(f"the adapter's layer {name!r} is not in the model{hint}")
+        if not is_linear(modules[name]):
+            kind = type(modules[name]).__name__
+            raise UserError(f"layer {name!r} is a {kind} here, and only linear layers are adapted")
+        shape, size = tuple(weight_of(modules[name]).shape), portable.sizes[name]
+        if size is not None and size != shape:
+            raise UserError(
+                f"layer {name!r} is {shape[0]} x {shape[1]} in the model and {size[0]} x "
+                f"{size[1]} in the adapter; it was trained on another base"
+            )
+    for name, tensors in portable.whole.items():
+        if name not in modules:
+            hint = near_misses(name, modules, n=1)
+            raise UserError(f"the adapter's trained module {name!r} is not in the model{hint}")
+        own = dict(modules[name].named_parameters(recurse=False))
+        for leaf, tensor in tensors.items():
+            if leaf not in own or own[leaf].shape != tensor.shape:
+                raise UserError(
+                    f"{name}.{leaf} is {list(tensor.shape)} in the adapter and "
+                    f"{list(own[leaf].shape) if leaf in own else 'absent'} in the model"
+                )
+
+
+def _targets(model: nn.Module, portable: Portable) -> str | tuple[str, ...]:
+    """Return targets that select exactly the file's sites (and modules trained whole)."""
+    if not _is_foreign(model, portable):
+        return portable.spec.targets
+    for tried in (portable.spec.targets, tuple(portable.sites)):
+        if _select(model, tried) == set(portable.sites):
+            return tried
+    return "(?:" + "|".join(re.escape(n) for n in portable.sites) + ")"
+
+
+def _is_foreign(model: nn.Module, portable: Portable) -> bool:
+    """Return whether the spec's own targets select other layers here than the file has."""
+    chosen = _select(model, portable.spec.targets)
+    return chosen is None or chosen - set(portable.whole) != set(portable.sites)
+
+
+def _select(model: nn.Module, targets: str | tuple[str, ...]) -> set[str] | None:
+    try:
+        return set(resolve_targets(model, targets))
+    except UserError:
+        return None
+
+
+@torch.no_grad()
+def _fill(pack: Pack, portable: Portable) -> None:
+    for name, site in zip(pack.names, pack.sites, strict=True):
+        bank, said = site.banks[0], portable.sites[name]
+        for n in bank.names:
+            source = portable.shared if n in bank.form.shared else said
+            _put(name, n, getattr(bank, n), source)
+        if portable.start_again:
+            continue
+        starts = [n for n in said if n.endswith(START)]
+        for n in starts:
+            _put(name, n, bank._buffers[n], said)
+        bank.anchored = bool(starts)
+        for n in PAST:
+            if n in said:
+                setattr(bank, n, said[n][None].to(bank.scale))
+    for name, whole in zip(pack.whole_names, pack.whole, strict=True):
+        for leaf in whole.names:
+            _put(name, leaf, getattr(whole, leaf), portable.whole[name])
+
+
+def _put(layer: str, name: str, to: Tensor | None, source: Tensors) -> None:
+    if to is None or name not in source:
+        raise UserError(f"the adapter's files have no tensor {name} for layer {layer!r}")
+    if source[name].shape != to.shape[1:]:
+        raise UserError(
+            f"tensor {name} of layer {layer!r} is {list(source[name].shape)} in the adapter's file "
+            f"and must be {list(to.shape[1:])} for this model"
+        )
+    to.copy_(source[name][None])
