@@ -1,6 +1,7 @@
 """A bank: the tensors of several like slots at one site, stacked as [K, ...]."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class Bank(nn.Module):
     buffers, so that one shared tensor stays one tensor when the model moves to another device).
     """
 
+    scale: Tensor
+    past_B: Tensor | None
+    past_A: Tensor | None
+
     def __init__(
         self, recipe: Recipe, site: Site, tensors: Tensors, scale: Tensor, dropout: float
     ) -> None:
@@ -50,9 +55,9 @@ class Bank(nn.Module):
         self.trained = [n for n in tensors if n not in self.form.frozen and self.rule.trains(n)]
         self.names = list(tensors)
         for name, tensor in tensors.items():
-            is_parameter = isinstance(tensor, nn.Parameter)
-            value = tensor if is_parameter else nn.Parameter(tensor, name in self.trained)
-            self.register_parameter(name, value)
+            shared = isinstance(tensor, nn.Parameter)
+            value = tensor if shared else nn.Parameter(tensor, name in self.trained)
+            self.register_parameter(name, cast(nn.Parameter, value))
         if self.anchored:
             for name in self.trained:
                 start = getattr(self, name).detach().clone()
@@ -92,7 +97,7 @@ class Bank(nn.Module):
         if self.anchored:
             B0, A0 = self.form.factors(self.start_tensors(lo, hi), self.site)
             B, A = torch.cat([B - B0, B0.expand_as(B)], -1), torch.cat([A, A - A0], -2)
-        if self.past_B is not None:
+        if self.past_B is not None and self.past_A is not None:
             B = torch.cat([B, self.past_B[lo:hi]], -1)
             A = torch.cat([A, self.past_A[lo:hi]], -2)
         return B, A

@@ -1,7 +1,7 @@
 """What data-driven starts look at: gradients of the loss in the frozen weights."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def weight_gradients(
     The trainability flags that this needs for the moment are given back afterwards, and the
     parameters' own `.grad` are not touched.
     """
-    weights = [model.get_submodule(n).weight for n in names]
+    weights = [cast(Tensor, model.get_submodule(n).weight) for n in names]
     before = [w.requires_grad for w in weights]
     training = model.training
     totals: list[Tensor | None] = [None] * len(names)

@@ -49,23 +49,29 @@ class LinearSite(nn.Module):
     def __init__(self, name: str, layout: Layout, banks: Sequence[tuple[int, Bank]]) -> None:
         super().__init__()
         self.name, self.layout = name, layout
+        self.set_banks(banks)
+
+    def set_banks(self, banks: Sequence[tuple[int, Bank]]) -> None:
+        """Take (first slot, bank), in the order of slots."""
         self.first = [lo for lo, _ in banks]
-        self.banks = nn.ModuleList([bank for _, bank in banks])
+        self.banks = [bank for _, bank in banks]
+        self._registered = nn.ModuleList(self.banks)  # a plain list is typed, this one is seen
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the layer's output, [..., out], for x [rows, ..., in], slot-major."""
         if self.layout.disabled:
             return base_forward(module, x)
         if self._fusible(module, x):
-            (bank,) = self.banks
-            y = bank.fused(x.reshape(-1, x.shape[-1]), weight_of(module), module.bias)
+            bias: Tensor | None = module.bias  # type: ignore[assignment]
+            y = self.banks[0].fused(x.reshape(-1, x.shape[-1]), weight_of(module), bias)
             return y.view(*x.shape[:-1], -1)
         y = base_forward(module, x)
         x2, y2 = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         x2 = self.layout.cast(x2, y2.dtype)
         counts = self.layout.counts(x.shape[0], len(x2))
         weight, bias = weight_of(module), getattr(module, "bias", None)
-        parts, row, slot = [], 0, 0
+        parts: list[Tensor] = []
+        row = slot = 0
         for lo, bank in zip(self.first, self.banks, strict=True):
             skipped, own = sum(counts[slot:lo]), sum(counts[lo : lo + bank.size])
             if skipped:

@@ -5,13 +5,13 @@ term and a coupling. The coupling alone has the eigenvalues +-s sigma_i(G). At B
 so lambda_max is close to s sigma_max(G) (derivation and measurements: docs/curvature.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from loralab.core.bank import has_gain
+from loralab.core.bank import Bank, has_gain
 from loralab.core.evidence import weight_gradients
 from loralab.core.pack import Pack
 from loralab.curvature.blocks import Block, block_tensors
@@ -49,7 +49,7 @@ def closed_form_ends(pack: Pack, blocks: Sequence[Block], G: dict[str, Tensor]) 
     found = {}
     for block in blocks:
         bank = _pair_bank(pack, block)
-        if bool(bank.B.any()):
+        if bool(bank.tensors()["B"].any()):
             raise UserError(
                 f"the closed form holds for starts with B = 0, and {block.name!r} has another; "
                 "use the way 'gauss_newton' or 'exact'"
@@ -88,19 +88,19 @@ def gauss_newton_ends(
     for block in blocks:
         C = torch.stack(columns[block.name]) / n_valid**0.5
         bank = _pair_bank(pack, block)
-        coupling = _coupling(bank.A[0], bank.B[0], float(bank.scale[0]) * G[block.name])
+        t = bank.tensors(0, 1)
+        coupling = _coupling(t["A"][0], t["B"][0], float(bank.scale[0]) * G[block.name])
 
-        def matvec(v: Tensor, C: Tensor = C, coupling=coupling) -> Tensor:
-            return C.mT @ (C @ v) + coupling(v)
+        def matvec(v: Tensor, C: Tensor = C, couple: Callable = coupling) -> Tensor:
+            return C.mT @ (C @ v) + couple(v)
 
         start = torch.randn(C.shape[-1], generator=generator(seed, "lanczos", block.name))
         found[block.name] = lanczos(matvec, start.to(C), rtol)
     return found
 
 
-def _pair_bank(pack: Pack, block: Block):
-    (site,) = block.sites if len(block.sites) == 1 else (None,)
-    bank = pack.sites[site].banks[0] if site is not None else None
+def _pair_bank(pack: Pack, block: Block) -> Bank:
+    bank = pack.sites[block.sites[0]].banks[0] if len(block.sites) == 1 else None
     if bank is None or not bank.form.pair or has_gain(bank.form) or set(bank.trained) != {"A", "B"}:
         raise UserError(
             f"the cheap ways need one plain trained pair A, B per block, and {block.name!r} is "
@@ -109,7 +109,7 @@ def _pair_bank(pack: Pack, block: Block):
     return bank
 
 
-def _coupling(A: Tensor, B: Tensor, sG: Tensor):
+def _coupling(A: Tensor, B: Tensor, sG: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the operator of 2 <sG, dB dA> on vectors ordered as the bank's trained A, B."""
 
     def apply(v: Tensor) -> Tensor:

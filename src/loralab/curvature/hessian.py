@@ -88,7 +88,9 @@ def exact_ends(
 ) -> dict[str, Ends]:
     """Return both ends of every block's spectrum; a slot that is done takes the next block."""
     operator = PackedHessian(pack, batches, losses)
-    waiting, running, found = list(blocks), {}, {}
+    waiting = list(blocks)
+    running: dict[int, tuple[Block, Lanczos]] = {}
+    found: dict[str, Ends] = {}
     with differentiable_twice(pack.model):
         while waiting or running:
             for slot in range(pack.size):

@@ -223,8 +223,8 @@ def study_curvature(
             rtol=rtol,
             pack=pack,
             modules_to_train=t.modules_to_train,
-            **t.swaps,
-            **t.settings,
+            **dict[str, Any](t.swaps),
+            **dict[str, Any](t.settings),
         )
         rows.append(
             {"label": label}

@@ -294,4 +294,4 @@ def slot_loss(sums: Tensor, counts: Tensor, rows: Sequence[int]) -> tuple[Tensor
 
 def _likeness(spec: SlotSpec) -> str:
     """Return a key that puts slots with equal banks side by side."""
-    return repr((*spec.bank_key(""), spec.targets, spec.modules_to_train))
+    return repr((*spec.bank_key, spec.modules_to_train))

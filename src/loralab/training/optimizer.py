@@ -155,6 +155,7 @@ class PackOptimizer:
 
 def _groups(pack: Pack) -> list[Group]:
     groups: dict[tuple, Group] = {}
+    key: tuple
     for name, site in zip(pack.names, pack.sites, strict=True):
         for lo, bank in zip(site.first, site.banks, strict=True):
             key = (lo, bank.size, bank.rule, bank.schedule)

@@ -1,0 +1,104 @@
+"""What each slot of a pack is, and which layers of a model that means."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from loralab.core.layers import weight_of
+from loralab.core.targets import by_pattern, check_patterns, matches_suffix, resolve_targets
+from loralab.errors import UserError, near_misses
+from loralab.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """One adapter of a pack.
+
+    Args:
+        alpha: None takes the Form's default for the rank.
+        targets, rank_pattern, alpha_pattern: see `loralab.adapt`.
+        modules_to_train: names of modules trained whole beside the adapter.
+    """
+
+    recipe: Recipe
+    rank: int = 8
+    alpha: float | None = None
+    seed: int = 0
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+    modules_to_train: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"rank must be at least 1, not {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+    def rank_at(self, name: str) -> int:
+        """Return the rank at a site."""
+        return by_pattern(name, self.rank_pattern, self.rank)
+
+    def scale_at(self, name: str) -> float:
+        """Return s at a site."""
+        rank, form = self.rank_at(name), self.recipe.form
+        alpha = by_pattern(name, self.alpha_pattern, self.alpha)
+        return form.scale(form.default_alpha(rank) if alpha is None else alpha, rank)
+
+    @property
+    def bank_key(self) -> tuple:
+        """Return what neighbouring slots must have in common to share banks."""
+        r, pattern = self.recipe, tuple(sorted(self.rank_pattern.items()))
+        pieces = (r.form, r.start.anchored, r.rule, r.schedule)
+        return (*pieces, self.rank, pattern, self.targets, self.dropout)
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Return the layers this slot adapts, in module order.
+
+        Raises:
+            UserError: a target or pattern fits nothing, or a rank is larger than a layer.
+        """
+        names = resolve_targets(model, self.targets)
+        check_patterns(self.rank_pattern, names, "rank_pattern")
+        check_patterns(self.alpha_pattern, names, "alpha_pattern")
+        for name in names:
+            smaller, rank = min(weight_of(model.get_submodule(name)).shape), self.rank_at(name)
+            if rank > smaller and not self.recipe.form.any_rank:
+                raise UserError(
+                    f"rank {rank} is larger than layer {name!r} allows "
+                    f"({smaller}, its smaller side); choose a rank of at most {smaller} or give "
+                    "that layer its own with rank_pattern"
+                )
+        return names
+
+
+def stretches(slots: Sequence[SlotSpec]) -> list[tuple[int, int]]:
+    """Return (lo, hi) of neighbouring slots that share banks."""
+    ends = [i for i in range(1, len(slots)) if slots[i].bank_key != slots[i - 1].bank_key]
+    return list(zip([0, *ends], [*ends, len(slots)], strict=True))
+
+
+def whole_modules(model: nn.Module, slots: Sequence[SlotSpec]) -> dict[str, list[int]]:
+    """Return {module name: slots that train it whole}, in module order.
+
+    Raises:
+        UserError: an entry of `modules_to_train` is no module, or has no parameters of its own.
+    """
+    order = {n: i for i, (n, _) in enumerate(model.named_modules()) if n}
+    found: dict[str, list[int]] = {}
+    for k, spec in enumerate(slots):
+        for wanted in spec.modules_to_train:
+            names = [n for n in order if matches_suffix(n, wanted)]
+            if not names:
+                hint = near_misses(wanted, [n.rsplit(".", 1)[-1] for n in order])
+                raise UserError(f"modules_to_train entry {wanted!r} is no module{hint}")
+            for name in names:
+                if not list(model.get_submodule(name).parameters(recurse=False)):
+                    raise UserError(
+                        f"modules_to_train entry {wanted!r} has no parameters of its own; "
+                        "name the layers inside it"
+                    )
+                found.setdefault(name, []).append(k)
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
