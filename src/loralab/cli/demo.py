@@ -1,5 +1,6 @@
 """`loralab demo`: the main job on the embedded default, from nothing to a report."""
 
+import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -40,9 +41,10 @@ class Demo(Command):
                 f"{spec} is another study than this demo's; give another --out, "
                 f"or run it with `loralab study run {spec} --out {out}`"
             )
-        warm_model("tiny")
+        warm_model(tomllib.loads(wanted)["model"])
         with Progress() as progress:
             run_study(spec, out, progress)
+            progress.finish()
             progress.say("writing the report")
         return written_report(out)
 

@@ -1,5 +1,6 @@
 """What commands share: opening models and tasks, checking output places before work begins."""
 
+import errno
 import math
 import os
 import tempfile
@@ -24,14 +25,14 @@ def open_model(ref: str, **options: Any) -> tuple[Any, Any]:
 
 
 def warm_model(ref: str) -> None:
-    """Pre-train the tiny base, showing progress, if `ref` names it and the cache lacks it."""
+    """Pre-train the tiny base, showing progress, if `ref` names one and the cache lacks it."""
+    from loralab.models.tiny import RECIPES, tiny_base
     from loralab.references import parse
 
-    if parse(ref)[0] == "tiny":
-        from loralab.models.tiny import tiny_base
-
+    recipe = RECIPES.get(parse(ref)[0])
+    if recipe is not None:
         with Progress() as progress:
-            tiny_base(fractions(progress))
+            tiny_base(fractions(progress), recipe)
 
 
 def fractions(progress: Progress, n_steps: int = 1000) -> Callable[[float, str], None]:
@@ -66,6 +67,21 @@ def writable_folder(out: Path) -> Path:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"cannot write in --out {str(out)!r}: {reason}") from error
     return out
+
+
+def writable_file(path: Path) -> Path:
+    """Prove that the file `path` can be written, without changing what is in it.
+
+    Raises:
+        UserError: it is a folder, or it cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"--out {str(path)!r} is a folder, and a file is needed")
+    if not path.exists():
+        writable_folder(path.parent)
+    elif not os.access(path, os.W_OK):
+        raise UserError(f"cannot write --out {str(path)!r}: {os.strerror(errno.EACCES)}")
+    return path
 
 
 def adapter_folder(path: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loralab.errors import UserError, near_misses
+from loralab.models.tiny import RECIPES, tiny_base
 from loralab.references import expand, parse, spec_from
 from loralab.seeds import generator
 
@@ -80,7 +81,7 @@ def load_model(
     """Return (model in evaluation mode, tokenizer or ImageStatistics).
 
     Args:
-        ref: "tiny", a local folder or a hub id, with options after "?" as in
+        ref: "tiny", "tiny-quick", a local folder or a hub id, with options after "?" as in
             "folder?num_labels=10&attn=eager" (see ModelSpec).
         dtype: None keeps the dtype that the configuration names.
         options: the same options as keywords; they win.
@@ -91,12 +92,10 @@ def load_model(
     """
     target, own = parse(ref)
     spec = spec_from(ModelSpec, own | options, f"model {target!r}")
-    if target == "tiny":
-        from loralab.models.tiny import tiny_base
-
+    if target in RECIPES:
         if spec != ModelSpec(attn=spec.attn):
-            raise UserError("model 'tiny' has no option but attn")
-        base, symbols = tiny_base()
+            raise UserError(f"model {target!r} has no option but attn")
+        base, symbols = tiny_base(recipe=RECIPES[target])
         if spec.attn is not None:
             base.set_attn_implementation(spec.attn)
         return _placed(base, dtype, device), symbols

@@ -1,6 +1,7 @@
 """Tasks by reference: a name, a data file, or a data set on the hub."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,18 @@ def load_task(
     return _text(target, processor, model, chosen | {"hub": True})
 
 
-def _synthetic(path: str | None, processor: Any, model: Any, options: dict[str, Any]) -> Task:
+def _synthetic(
+    path: str | None, processor: Any, model: Any, options: dict[str, Any], name: str = "synthetic"
+) -> Task:
     from loralab.models.symbols import SymbolTokenizer
-    from loralab.tasks.synthetic import SyntheticSpec, SyntheticTask
+    from loralab.tasks.synthetic import SPECS, SyntheticSpec, SyntheticTask
 
     if path is not None:
-        raise UserError("the task 'synthetic' is generated and reads no file")
+        raise UserError(f"the task {name!r} is generated and reads no file")
     if processor is not None and not isinstance(processor, SymbolTokenizer):
-        raise UserError("the task 'synthetic' is written in the symbols of the model 'tiny' only")
-    return SyntheticTask(processor, spec_from(SyntheticSpec, options, "task synthetic"))
+        raise UserError(f"the task {name!r} is written in the symbols of the model 'tiny' only")
+    chosen = vars(SPECS[name]) | options
+    return SyntheticTask(processor, spec_from(SyntheticSpec, chosen, f"task {name}"))
 
 
 def _text(path: str | None, processor: Any, model: Any, options: dict[str, Any]) -> Task:
@@ -85,6 +89,7 @@ def _cifar10(path: str | None, processor: Any, model: Any, options: dict[str, An
 
 TASKS: dict[str, Builder] = {
     "synthetic": _synthetic,
+    "synthetic-quick": partial(_synthetic, name="synthetic-quick"),
     "text": _text,
     "gsm8k": _gsm8k,
     "images": _images,
