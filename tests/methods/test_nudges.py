@@ -1,0 +1,74 @@
+"""A hundredth off in any hook of any piece changes the golden record: no formula is unguarded."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from loralab.methods import all_methods
+from loralab.testing import fingerprint
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def check_golden(name):
+    path = GOLDEN / f"{name}.json"
+    assert path.exists(), f"no golden record of {name}: run `make golden` and look at the numbers"
+    wanted, found = json.loads(path.read_text()), fingerprint(name)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-7, abs=1e-10), f"{key} of {name} changed"
+
+
+@pytest.mark.parametrize("name", all_methods())
+def test_golden_record(name):
+    check_golden(name)
+
+
+def test_every_golden_record_has_a_method():
+    assert {p.stem for p in GOLDEN.glob("*.json")} == set(all_methods())
+
+
+HOOKS = {
+    "form": ["default_alpha", "scale", "init", "factors", "delta", "branch", "gain", "penalty"],
+    "start": ["init"],
+    "rule": ["lr_ratio", "step"],
+    "schedule": ["lr_factor", "after_step"],
+}
+
+
+def overridden():
+    """Yield every hook that a piece of the catalogue overrides, with a method that has it."""
+    seen = set()
+    for name, method in all_methods().items():
+        for kind, piece in method.recipe.pieces.items():
+            for hook in HOOKS[kind]:
+                key = (type(piece), hook)
+                empty = not dataclasses.fields(piece) and key[0].__name__ in (
+                    "OwnStart",
+                    "NoSchedule",
+                )
+                if hook in type(piece).__dict__ and key not in seen and not empty:
+                    seen.add(key)
+                    yield pytest.param(name, *key, id=f"{name}-{key[0].__name__}.{hook}")
+
+
+def nudge(value):
+    """Return the value a hundredth larger, whatever it is made of."""
+    if isinstance(value, dict):
+        return {n: nudge(v) for n, v in value.items()}
+    if isinstance(value, tuple):
+        return (nudge(value[0]), *value[1:])
+    return value if value is None else value * 1.01 + 1e-3
+
+
+@pytest.mark.parametrize(("name", "cls", "hook"), list(overridden()))
+def test_any_change_of_any_formula_changes_the_golden_record(name, cls, hook, monkeypatch):
+    """One in a hundred off, in any hook of any piece: a new method is covered without a line."""
+    original = getattr(cls, hook)
+    monkeypatch.setattr(cls, hook, lambda *args, **kw: nudge(original(*args, **kw)))
+    if hook in ("step", "after_step"):
+        monkeypatch.setattr(cls, hook, lambda *args: None)
+    with pytest.raises(AssertionError):
+        check_golden(name)
