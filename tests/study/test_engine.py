@@ -167,6 +167,26 @@ def test_another_spec_in_the_same_folder_is_refused(spec, tmp_path):
         run(spec, tmp_path / "out")
 
 
+def test_a_database_by_url_serves_as_well(tmp_path):
+    spec, url = tmp_path / "study.toml", f"sqlite:///{tmp_path}/elsewhere.db"
+    spec.write_text(f'store = "{url}"\n{SPEC}')
+    found = run(spec, tmp_path / "out")
+    assert len(found.confirm) == 4 and not (tmp_path / "out" / "study.sqlite").exists()
+    assert fake.table(load_results(url)) == fake.table(found)
+
+
+def test_only_the_grid_stops_early(tmp_path):
+    spec, seen = tmp_path / "study.toml", []
+    spec.write_text(f"early_stop = true\n{SPEC}")
+
+    def watches(model, task, trials, **options):
+        seen.append(({t.seed for t in trials} <= {0, 1}, options["early_stop"] is not None))
+        return fake.train_pack(model, task, trials, **options)
+
+    run(spec, tmp_path / "out", dataclasses.replace(fake.BACKEND, train_pack=watches))
+    assert set(seen) == {(True, True), (False, False)}
+
+
 def test_only_one_process_runs_a_study(spec, tmp_path):
     (tmp_path / "out").mkdir()
     with only_one(tmp_path / "out"), pytest.raises(UserError, match="another process"):

@@ -76,9 +76,10 @@ class Bench:
         """Return the device of the model's first parameter."""
         return next(self.model.parameters()).device
 
-    def train(self, trials: Any, **options: Any) -> Any:
-        """Train a pack by the study's rules."""
-        early_stop = self.backend.early_stop() if self.spec.early_stop else None
+    def train(self, trials: Any, stage: str, **options: Any) -> Any:
+        """Train a pack by the study's rules; winners are always trained to the end."""
+        stops = self.spec.early_stop and stage == "grid"
+        early_stop = self.backend.early_stop() if stops else None
         return self.backend.train_pack(
             self.model, self.task, trials, early_stop=early_stop, **options
         )

@@ -68,8 +68,8 @@ def run_study(
     folder = Path(out) if out is not None else default_folder(name)
     with (
         Store.create(folder, spec.store) as store,
-        only_one(folder),
         readable_disk_errors(folder),
+        only_one(folder),
     ):
         begin(store, spec)
         if store.study()["finished"] is None:
@@ -208,6 +208,7 @@ class Engine:
         shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if labels[3:] else "")
         trained = self.bench.train(
             trials,
+            pack.stage,
             checkpoint=self._checkpoint(pack),
             checkpoint_every=self.checkpoint_every,
             progress=self.progress.pack(

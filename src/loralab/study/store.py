@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from loralab.errors import UserError
@@ -96,6 +96,8 @@ class Store:
         try:
             with self.engine.begin() as connection:
                 yield connection
+        except (IntegrityError, ProgrammingError):
+            raise  # a fault of this program, not of the place
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise UserError(
