@@ -29,7 +29,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Curvature:
-    """Median over blocks of the extreme Hessian eigenvalues at initialisation, and the way."""
+    """Median over blocks of the extreme Hessian eigenvalues at initialisation, and the way.
+
+    Args:
+        blocks: the largest eigenvalue of each block.
+    """
 
     way: str
     lambda_max: float
@@ -258,11 +262,10 @@ def _curvature(results: StudyResults, key: Key) -> Curvature | None:
     for row in results.curvature:
         if row.get("label") == key[0] and row.get("rank", key[1]) == key[1]:
             blocks = row.get("blocks") or ()
-            values = blocks.values() if isinstance(blocks, dict) else blocks
             return Curvature(
-                str(row.get("way", "")),
+                str(row.get("way", "")).replace("_", " "),
                 float(row.get("lambda_max", math.nan)),
                 float(row.get("lambda_min", math.nan)),
-                tuple(float(v) for v in values if isinstance(v, (int, float))),
+                tuple(float(b["lambda_max"] if isinstance(b, dict) else b) for b in blocks),
             )
     return None

@@ -150,7 +150,7 @@ def test_table(data: ReportData, group: Group) -> Table | None:
         "p, apart by the margin": lambda arm: _number(_p(arm.comparison.p_equivalence)),
         "seeds": of("n_seeds", str),
         "items": of("n_items", str),
-        "verdict": lambda arm: _verdict(data, arm),
+        "verdict": lambda arm: Cell(arm.comparison.verdict, "verdict"),
     }
     return _table(columns, arms)
 
@@ -183,13 +183,19 @@ def curvature_table(data: ReportData, group: Group) -> Table | None:
     """Return extreme eigenvalues at initialisation beside the fitted best learning rate."""
     arms = [arm for arm in ranked(group) if arm.curvature]
 
-    def of(name: str) -> Callable[[Arm], Cell]:
-        return lambda arm: _number(number_3(getattr(arm.curvature, name)))
+    def top(arm: Arm) -> Cell:
+        assert arm.curvature is not None
+        blocks = arm.curvature.blocks or (math.nan,)
+        return _number(
+            number_3(arm.curvature.lambda_max), _range(min(blocks), max(blocks), number_3)
+        )
 
     columns: dict[str, Callable[[Arm], Cell]] = {
         "method": _method,
-        "largest eigenvalue": of("lambda_max"),
-        "smallest": of("lambda_min"),
+        "largest eigenvalue (range over blocks)": top,
+        "smallest": lambda arm: _number(
+            number_3(arm.curvature.lambda_min if arm.curvature else math.nan)
+        ),
         "way": lambda arm: Cell(arm.curvature.way if arm.curvature else ""),
         "fitted best LR": lambda arm: _number(rate(arm.peak.lr if arm.peak else None)),
     }

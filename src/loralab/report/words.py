@@ -68,7 +68,7 @@ def basis(data: ReportData, group: Group) -> str:
     seeds = min((len(arm.comparison.seeds) for arm in arms), default=0)
     if arms and arms[0].comparison.basis == "test":
         return f"{data.unit.metric} on test, {plural(seeds, 'fresh seed')}"
-    return f"{data.unit.metric} on validation, {plural(seeds, 'grid seed')}, not confirmed yet"
+    return f"{data.unit.metric} on validation, {plural(seeds, 'grid seed')}, not confirmed"
 
 
 def _unfinished(data: ReportData, group: Group) -> str:
@@ -145,6 +145,8 @@ def _undecided(data: ReportData, group: Group) -> str:
     arms = [arm for arm in group.others if arm.comparison.verdict == "undecided"]
     if not arms:
         return ""
+    if len({remedy(data, arm) for arm in arms}) == 1 < len(arms):
+        return f"To decide the {len(arms)} undecided: {remedy(data, arms[0])}."
     shown = [f"{arm.label} ({remedy(data, arm)})" for arm in arms[:NAMED]]
     more = len(arms) - len(shown)
     tail = f" and {more} more in the table" if more else ""
@@ -186,6 +188,8 @@ def _cost(data: ReportData, group: Group) -> str:
         return ""
     slow = max(known, key=lambda arm: arm.cost.seconds_ratio)
     fast = min(known, key=lambda arm: arm.cost.seconds_ratio)
+    if fast.cost.seconds_ratio > 0.95 and slow.cost.seconds_ratio < 1.05:
+        return f"Every method takes {data.baseline}'s time, to within 5 %."
     if slow is fast:
         return f"{slow.label} takes {factor(slow.cost.seconds_ratio)} times {data.baseline}'s time."
     return (
@@ -205,10 +209,12 @@ def cautions(data: ReportData) -> list[str]:
             "and 10 or more to claim a small difference."
         )
     if any(arm.comparison.basis == "validation" for arm in arms):
-        out.append(
-            "No confirmation on fresh seeds yet: each grid seed is scored at the learning rate "
-            "that the other seeds prefer, on validation data."
+        how = (
+            "each grid seed is scored at the learning rate that the other seeds prefer"
+            if min(finals, default=0) > 1
+            else "the seed that is scored also chose the learning rate, which flatters every method"
         )
+        out.append(f"Not confirmed on fresh seeds and test data: {how}.")
     open_ = [f"{_full(data, arm)} ({arm.at_edge} end)" for arm in arms if arm.lower_bound]
     if open_:
         out.append(f"Lower bound only, best at the edge of the grid: {listing(open_)}.")

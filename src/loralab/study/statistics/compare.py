@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from loralab.study.statistics.intervals import resampled_means
+
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
 
@@ -81,8 +83,7 @@ def paired_difference(
     draws = math.sqrt(v_seed) * rng.standard_normal(n_draws)
     if n_items > 1:
         b = d.mean(axis=0) - mean
-        counts = rng.multinomial(n_items, np.full(n_items, 1 / n_items), n_draws)
-        draws += counts @ b / math.sqrt(n_items * (n_items - 1))
+        draws += resampled_means(b[None], rng, n_draws)[:, 0] * math.sqrt(n_items / (n_items - 1))
     if v_seed + v_item > 0:
         draws *= math.sqrt(variance / (v_seed + v_item))
     q = 0.5 + level / 2

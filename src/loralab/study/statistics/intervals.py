@@ -53,6 +53,22 @@ def bootstrap_interval(
     return Interval(mean, float(low), float(high), n)
 
 
+def resampled_means(effects: np.ndarray, rng: np.random.Generator, n_draws: int) -> np.ndarray:
+    """Return bootstrap means over the last axis: [n_draws, L] of `effects` [L, I].
+
+    All L rows are resampled by the same items, so differences between rows stay paired.
+    """
+    n = effects.shape[-1]
+    out = np.empty((n_draws, effects.shape[0]))
+    chunk = max(1, (1 << 21) // n)
+    for first in range(0, n_draws, chunk):
+        size = min(chunk, n_draws - first)
+        cells = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(cells.ravel(), minlength=size * n).reshape(size, n)
+        out[first : first + size] = counts @ effects.T / n
+    return out
+
+
 def spearman(x: np.ndarray, y: np.ndarray, level: float = 0.95) -> Interval:
     """Return Spearman's rank correlation of x [n] and y [n] with its Fisher-z interval.
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loralab.study.statistics.intervals import resampled_means
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -132,12 +134,10 @@ def _resampled_curves(
     if n_seeds > 1:
         curves = mean + (curves - mean) * np.sqrt(n_seeds / (n_seeds - 1))
     if items is not None and items.shape[2] > 1:
-        n_items = items.shape[2]
         kept = np.where(known[..., None], np.nan_to_num(items), 0.0)
         effect = kept.sum(axis=1) / np.maximum(known.sum(axis=1), 1)[:, None]
         effect = effect - effect.mean(axis=1, keepdims=True)
-        chosen = rng.multinomial(n_items, np.full(n_items, 1 / n_items), n_draws) / n_items
-        curves = curves + chosen @ effect.T
+        curves = curves + resampled_means(effect, rng, n_draws)
     return curves
 
 

@@ -12,7 +12,11 @@ def pooled_seed_variance(means: np.ndarray, baseline: int) -> tuple[np.ndarray, 
     Seeds are blocks (they share data order and initial draws), so x[m, s] = mu_m + c_s + e_ms and a
     difference of two arms varies by twice the error variance, estimated from all arms with
     (M - 1)(S - 1) degrees of freedom. How far each arm's own variance is drawn to that pool is
-    itself estimated: not at all where arms plainly differ in spread, wholly where they do not.
+    itself estimated: wholly where spreads agree, less where arms plainly differ.
+
+    Simulated coverage of 95 % intervals with ten arms and two, three or five seeds is 94 to 97 %
+    where spreads agree, at half the width or less that two seeds alone give. One arm four times as
+    noisy as all others is covered in 78, 81 and 88 % only.
 
     Args:
         means: x [M arms, S seeds >= 2], without nan.
