@@ -181,6 +181,7 @@ class Rule:
 
     pair_only: ClassVar[bool] = False  # fits Forms with `pair`
     singles_out: ClassVar[frozenset[str]] = frozenset()  # fits Forms that own all of these
+    inverts: ClassVar[bool] = False  # solves with Gram matrices, which amplifies rounding
 
     def trains(self, name: str) -> bool:
         """Return whether tensor `name` is trained at all."""

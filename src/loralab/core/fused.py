@@ -28,12 +28,12 @@ class FusedLowRank(torch.autograd.Function):
     ) -> Tensor:
         """Return y [K, n, out]; g is [K, out] or None."""
         h = torch.bmm(x, A.mT)
-        y = F.linear(x.flatten(0, 1), weight, bias if g is None else None)
+        y = F.linear(x.flatten(0, 1), weight, bias)
         y = y.view(*x.shape[:2], -1).baddbmm_(h, B.mT)
         if g is not None:
             y = y.mul_(g.unsqueeze(-2)) if y.dtype == g.dtype else (y * g.unsqueeze(-2)).to(y.dtype)
-            if bias is not None:
-                y += bias
+            if bias is not None:  # g (z - b) + b with z the biased sum: exact where g = 1
+                y += (1 - g).unsqueeze(-2) * bias
         ctx.save_for_backward(x, weight, bias, A, B, h, g, None if g is None else y)
         return y
 

@@ -39,8 +39,9 @@ def adamw_step(
                 s.state["m." + name] = torch.zeros_like(tensor)
                 s.state["v." + name] = torch.zeros_like(tensor)
         s.state["steps"] += 1
-        one = 1 - beta1 ** s.state["steps"]
-        two = (1 - beta2 ** s.state["steps"]).sqrt()
+        steps = s.state["steps"].double()  # in fp32, 1 - beta2 loses five digits
+        one = (1 - beta1**steps).to(hyper.lr)
+        two = (1 - beta2**steps).sqrt().to(hyper.lr)
         for name, tensor in s.t.items():
             rate = hyper.lr * rule.lr_ratio(name)
             p.append(tensor)

@@ -32,6 +32,7 @@ class LoFT(Rule):
     """
 
     pair_only: ClassVar[bool] = True
+    inverts: ClassVar[bool] = True
 
     beta1: float = 0.9
     beta2: float = 0.999

@@ -43,7 +43,7 @@ class VeRA(Form):
         }
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        B, A = t["B"][..., : site.d_out, :], t["A"][..., : site.d_in]
+        B, A = t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
         return t["b"].unsqueeze(-1) * B, t["d"].unsqueeze(-1) * A
 
 
