@@ -7,7 +7,10 @@ from torch import nn
 from loralab.errors import UserError
 from loralab.models.tiny import RECIPES, TinyRecipe, lines, pretrain, untrained
 from loralab.seeds import generator
+from loralab.study.trial import Trial
 from loralab.tasks.synthetic import SPECS, SyntheticSpec, SyntheticTask
+from loralab.training.generate import greedy
+from loralab.training.loop import train_pack
 
 SMALL = SyntheticSpec(length=4, n_train=40, n_validation=20, n_test=20)
 SPLITS = ("train", "validation", "test")
@@ -99,17 +102,57 @@ def test_a_base_that_ends_at_once_scores_zero():
     assert task.scores(oracle, "test", [0, 1], copies=1).tolist() == [[0, 0]]
 
 
-def test_the_quick_base_knows_its_operations_but_not_the_task():
-    recipe = RECIPES["tiny-quick"]
-    model = pretrain(recipe).eval()
+@pytest.fixture(scope="module")
+def quick_base():
+    return pretrain(RECIPES["tiny-quick"]).eval()
+
+
+def test_the_quick_base_knows_its_operations_but_not_the_task(quick_base):
     with torch.no_grad():
-        for name in recipe.operations:
+        for name in RECIPES["tiny-quick"].operations:
             ids = lines((name,), 200, 4, generator("test", name))
-            right = model(input_ids=ids).logits[:, 5:-1].argmax(-1) == ids[:, 6:]
+            right = quick_base(input_ids=ids).logits[:, 5:-1].argmax(-1) == ids[:, 6:]
             assert right.all(-1).float().mean() > 0.8, name
     task = SyntheticTask(spec=SPECS["synthetic-quick"])
     everything = range(task.size("validation"))
-    assert task.scores(model, "validation", everything, copies=1).mean() < 0.1
+    assert task.scores(quick_base, "validation", everything, copies=1).mean() < 0.1
+
+
+def trial(method, lr, steps):
+    return Trial("tiny-quick", "synthetic-quick", method, lr, steps=steps)
+
+
+def test_the_learning_rate_curve_has_its_real_shape(quick_base):
+    task = SyntheticTask(spec=SPECS["synthetic-quick"])
+    trained = train_pack(quick_base, task, [trial("lora", lr, 100) for lr in (3e-4, 1e-2, 0.3)])
+    try:
+        low, tuned, high = trained.evaluate("validation").mean(-1).nan_to_num(0).tolist()
+    finally:
+        trained.close()
+    assert low < 0.1 and tuned > 0.7 and high < 0.1
+
+
+def test_packed_decoding_equals_each_adapter_alone(quick_base):
+    task = SyntheticTask(spec=SPECS["synthetic-quick"])
+    prompts = task.batch("test", range(20))["input_ids"][:, : task.prompt_length]
+    settings = {"max_new_tokens": 5, "eos_token_ids": [1], "pad_token_id": 0}
+    trials = [trial("lora", 3e-2, 20), trial("pissa", 1e-2, 20), trial("dora", 2e-2, 20)]
+
+    def decode(some):
+        trained = train_pack(quick_base, task, some)
+        try:
+            with trained.pack.rows([20] * len(some)):
+                slots = sorted(range(len(some)), key=lambda i: trained.slots[i])
+                rows = greedy(quick_base, prompts.repeat(len(some), 1), **settings)
+        finally:
+            trained.close()
+        return {some[i].method: part for i, part in zip(slots, rows.split(20), strict=True)}
+
+    together = decode(trials)
+    for one in trials:
+        assert torch.equal(together[one.method], decode([one])[one.method]), one.method
+    answers = [part.tolist() for part in together.values()]
+    assert answers[0] != answers[1] != answers[2] != answers[0]
 
 
 def test_mistakes_are_named():
