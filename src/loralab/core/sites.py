@@ -29,7 +29,9 @@ def attach(module: nn.Module, adapter: nn.Module) -> None:
     if cls not in _classes:
         _classes[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": __name__})
     module.__class__ = _classes[cls]
-    module.add_module("loralab", adapter)
+    # A new module is in training mode; with dropout an adapted model in evaluation mode would not
+    # be deterministic.
+    module.add_module("loralab", adapter.train(module.training))
 
 
 def detach(module: nn.Module) -> None:

@@ -39,6 +39,7 @@ REFUSED = {
     "arrow_config": "is routed (Arrow)",
     "use_bdlora": "has block-diagonal factors (BD-LoRA)",
     "kasa_config": "changes the base (KaSA)",
+    "ensure_weight_tying": "ties what it trains to the output head",
     "monteclora_config": "samples its factors (MonteCLoRA)",
 }
 COMMON = ("base_model_name_or_path", "task_type", "target_modules", "inference_mode")

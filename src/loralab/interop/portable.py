@@ -1,5 +1,6 @@
 """An adapter apart from its model: what a folder holds, between files and a Pack."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,13 @@ from loralab.core.layers import is_linear, weight_of
 from loralab.core.pack import Pack, SlotSpec
 from loralab.core.targets import linear_names, matches_suffix, resolve_targets
 from loralab.errors import UserError, near_misses
-from loralab.recipe import Evidence, Site, Start, Tensors
+from loralab.recipe import Evidence, Form, Site, Start, Tensors
 
 if TYPE_CHECKING:
     from loralab.core.adapter import Adapter
 
 PAST = ("past_B", "past_A")
+KEPT = ("base_model_name_or_path", "task_type")  # from a file, where the model does not say them
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def onto(model: nn.Module, portable: Portable) -> "Adapter":
 
     _check_names(model, portable)
     spec = portable.spec
-    recipe = spec.recipe
+    recipe = replace(spec.recipe, form=_any_rank(spec.recipe.form))
     if not portable.start_again:
         recipe = replace(recipe, start=Blank(recipe.start.anchored))
     pack = Pack(model, [replace(spec, recipe=recipe, targets=_targets(model, portable))])
@@ -135,7 +137,9 @@ def onto(model: nn.Module, portable: Portable) -> "Adapter":
     asked = _targets(model, portable) if _is_foreign(model, portable) else spec.targets
     pack.slots = [replace(spec, targets=asked)]
     adapter = Adapter(pack, portable.method)
-    adapter.foreign_config = dict(portable.foreign)
+    told = _describe(model, pack)
+    kept = {k: v for k, v in portable.config.items() if k in KEPT and v and k not in told}
+    adapter.foreign_config = {**portable.foreign, **kept}
     return adapter
 
 
@@ -159,6 +163,16 @@ def _tensors(bank: Bank) -> Tensors:
     return {n: _copy(t[0]) for n, t in found.items()}
 
 
+def _any_rank(form: Form) -> Form:
+    """Return the Form without the limit on ranks, which is advice for new adapters.
+
+    An anchored adapter that PEFT turned into a pair of rank 2r may well be above it.
+    """
+    free = copy.copy(form)
+    object.__setattr__(free, "any_rank", True)
+    return free
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
@@ -166,9 +180,9 @@ def _copy(tensor: Tensor) -> Tensor:
 def _describe(model: nn.Module, pack: Pack) -> dict[str, Any]:
     config = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
+    said = {"base_model_name_or_path": base, "task_type": _task_type(model, pack.whole_names)}
     return {
-        "base_model_name_or_path": base,
-        "task_type": _task_type(model, pack.whole_names),
+        **{key: value for key, value in said.items() if value is not None},
         "target_modules": _shortest(model, pack.names, pack.whole_names),
         "modules_to_save": list(pack.whole_names) or None,
         "inference_mode": True,

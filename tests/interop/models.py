@@ -1,0 +1,75 @@
+"""Two tiny random models: nn.Linear with grouped queries (Llama) and Conv1D (GPT-2)."""
+
+import torch
+from safetensors.torch import save_file
+
+from loralab import adapt
+from loralab.core.adapter import load
+
+IDS = torch.arange(21).view(3, 7) % 23
+
+
+def llama(kv_heads=2):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=32,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(config).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def train(model, parameters, steps=3, lr=3e-2):
+    """A few steps of AdamW: what is compared should have left its start."""
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def trained(method, make=llama, steps=3, **options):
+    """Return an adapter a few steps of its own rule after its start."""
+    batch = {"input_ids": IDS, "labels": IDS}
+    adapter = adapt(make(), method, **{"rank": 4, "seed": 3, "data": [batch]} | options)
+    optimizer = adapter.optimizer(3e-2, n_steps=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        adapter.model(**batch).loss.backward()
+        optimizer.step()
+    return adapter
+
+
+def write_logits(folder, out):
+    """Load an adapter on a fresh base and write the logits: what another process runs."""
+    model = llama()
+    load(model, folder)
+    save_file({"logits": logits(model)}, out)
