@@ -1,11 +1,13 @@
 """`loralab curvature`: Hessian eigenvalues of a method's blocks at initialisation."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loralab.cli.inputs import open_model, writable_folder
+from loralab.cli.errors import report
+from loralab.cli.inputs import open_model, writable_file
 from loralab.cli.output import Answer, Command, plain, table
 from loralab.cli.train import default_device, setting
 from loralab.errors import UserError
@@ -53,7 +55,7 @@ class Curvature(Command):
         if self.items < 1:
             raise UserError(f"--items must be at least 1, not {self.items}")
         if self.out is not None:
-            writable_folder(self.out.parent)
+            writable_file(self.out)
         # Fused attention has no second derivative on most devices.
         attention = {} if "attn" in parse(self.model)[1] else {"attn": "eager"}
         model, processor = open_model(self.model, device=default_device(), **attention)
@@ -74,8 +76,6 @@ class Curvature(Command):
             **dict(map(setting, self.set)),
         )
         data = {"model": self.model, "data": self.data, **found.to_dict()}
-        if self.out is not None:
-            self.out.write_text(json.dumps(plain(data), indent=1) + "\n", encoding="utf-8")
         rows = [[b.name, b.lambda_max, b.lambda_min, b.n_products] for b in found.blocks]
         lines = [
             table(["block", "lambda max", "lambda min", "products"], rows),
@@ -84,4 +84,12 @@ class Curvature(Command):
             f"way: {data['way_in_words']}",
             f"loss: {found.loss}; {found.seconds:.1f} s",
         ]
-        return Answer(data, "\n".join(lines))
+        answer = Answer(data, "\n".join(lines))
+        if self.out is None:
+            return answer
+        try:
+            self.out.write_text(json.dumps(plain(data), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:  # the numbers are still shown
+            error.filename = error.filename or str(self.out)
+            return dataclasses.replace(answer, code=report(error))
+        return answer

@@ -58,11 +58,14 @@ def plain(value: Any) -> Any:
 
 
 def show(answer: Answer, as_json: bool) -> None:
-    """Print the answer on stdout."""
+    """Print the answer on stdout; characters that its encoding lacks are escaped or replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
     if as_json:
-        print(json.dumps(plain(answer.data), indent=2, ensure_ascii=False, allow_nan=False))
+        ascii_only = not encoding.lower().startswith("utf")
+        data = plain(answer.data)
+        print(json.dumps(data, indent=2, ensure_ascii=ascii_only, allow_nan=False))
     elif answer.text:
-        print(answer.text)
+        print(answer.text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 

@@ -70,12 +70,16 @@ def _is_positional(hint: Any) -> bool:
 
 
 def _unbox(complaint: str) -> str:
-    """Return the first paragraph of tyro's message without its frame."""
-    lines = [line.strip("│ ").strip() for line in complaint.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("╭")]
-    body = []
-    for line in lines:
-        if line[0] in "─╰":
+    """Return the first paragraph of tyro's message without its frame and title.
+
+    The frame is drawn with box characters, or with spaces and dashes where the terminal has none.
+    """
+    body: list[str] = []
+    for i, line in enumerate(filter(None, (raw.strip("│ ") for raw in complaint.splitlines()))):
+        is_rule = not line.strip("─-╰╯")
+        if i == 0 or (is_rule and not body):
+            continue
+        if is_rule:
             break
         body.append(line)
     return re.sub(r"\s+", " ", " ".join(body)).strip().rstrip(".")

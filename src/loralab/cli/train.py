@@ -105,10 +105,9 @@ class Train(Command):
         outcome = trained.outcomes[0]
         if outcome.status == "diverged":
             checkpoint.unlink(missing_ok=True)
-            return Answer(
-                {"status": "diverged", "step": outcome.step, "outcome": outcome},
-                f"diverged at step {outcome.step}: nothing was saved; try a smaller --lr",
-                code=2,
+            raise UserError(
+                f"training diverged at step {outcome.step} and nothing was saved; "
+                f"try a learning rate below {self.lr:g}"
             )
         Adapter(trained.pack, name).save(out)
         record = {
