@@ -25,6 +25,7 @@ Progress = Callable[[int, int, list[float]], None]
 # An adapter entry of this size has left every working range (learned entries stay below ten), but
 # normalisation layers keep the loss finite; without this test lr = 1e6 would "train" to the end.
 EXPLODED = 1e4
+GRADIENT_BATCHES, GRADIENT_ROWS = 8, 8  # what gradient-driven starts see: 64 items
 
 
 @dataclass
@@ -271,11 +272,12 @@ class _Run:
         return TrainedPack(self.pack, self.task, outcomes, slots)
 
     def _gradients(self, spec: SlotSpec, names: list[str]) -> dict[str, Tensor]:
-        """Return the mean gradient over the first batches of the slot's own data order."""
-        trial = next(t for t in self.trials if t.seed == spec.seed)
-        order = DataOrder(trial.seed, self.task.size("train"), trial.batch_size)
-        n = getattr(spec.recipe.start, "n_batches", 8)
-        batches = (self.task.batch("train", order.indices(i)) for i in range(n))
+        """Return the mean gradient over the first items of the slot's own data order.
+
+        How many does not depend on the trial's batch size, so that batch sizes can share a start.
+        """
+        order = DataOrder(spec.seed, self.task.size("train"), GRADIENT_ROWS)
+        batches = (self.task.batch("train", order.indices(i)) for i in range(GRADIENT_BATCHES))
         return weight_gradients(
             self.model, names, (to_device(b, self.device) for b in batches), self._mean_loss
         )
