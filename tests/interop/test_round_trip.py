@@ -117,7 +117,7 @@ def test_the_users_own_recipe_comes_back_while_its_pieces_are_imported(tmp_path)
         record = json.loads(opened.metadata()["loralab"])
     record["spec"]["pieces"]["start"]["class"] = "OLoRAA"
     save_file(load_file(file), file, metadata={"loralab": json.dumps(record)})
-    with pytest.raises(UserError, match="start OLoRAA .*is unknown here.*did you mean OLoRA"):
+    with pytest.raises(UserError, match=r"start OLoRAA .*is unknown here.*did you mean OLoRA"):
         load(llama(), folder)
 
 

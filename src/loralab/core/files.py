@@ -122,6 +122,8 @@ def write_folder(path: Path, folder: Folder) -> Path:
     with writing(path), tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as draft:
         save_file(tensors, Path(draft) / WEIGHTS, metadata=metadata)
         (Path(draft) / CONFIG).write_text(text, encoding="utf-8")
+        # safetensors makes files that only their owner can read.
+        os.chmod(Path(draft) / WEIGHTS, (Path(draft) / CONFIG).stat().st_mode)
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(draft) / name, path / name)
     return path

@@ -18,8 +18,9 @@ from loralab.core.files import Folder
 from loralab.core.record import spec_from_json, spec_to_json
 from loralab.errors import UserError, near_misses
 from loralab.interop.peft_lora import Lora
+from loralab.interop.peft_shared import RandLora, VeRA
 from loralab.interop.peft_type import PeftType, View
-from loralab.interop.peft_types import AdaLora, GraLora, LoHa, RandLora, VeRA
+from loralab.interop.peft_types import AdaLora, GraLora, LoHa
 from loralab.interop.portable import Portable
 from loralab.recipe import Tensors
 
@@ -178,7 +179,15 @@ def _foreign(
     _refuse(config)
     if not sites:
         raise UserError(f"{folder.path} holds no tensor of a {type_.name} adapter")
-    portable = type_.read(config, sites, shared, whole)
+    try:
+        portable = type_.read(config, sites, shared, whole)
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"adapter_config.json in {folder.path} cannot be understood: {type(error).__name__}, "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     used = {*type_.keys, *COMMON, "modules_to_save", "peft_type", "bias", "fan_in_fan_out"}
     foreign = {k: v for k, v in config.items() if k not in used}
     kept = {k: config.get(k) for k in (*COMMON, "modules_to_save")}

@@ -11,6 +11,7 @@ from loralab.interop.peft_type import (
     alpha_at,
     as_number,
     common,
+    need,
     spec_of,
     value_at,
 )
@@ -51,6 +52,7 @@ class Lora(PeftType):
     def site_back(self, said: Tensors, portable: Portable, site: str) -> Tensors:
         if not portable.spec.recipe.form.pair:
             return {}
+        need(said, (A, B), site)
         r, names = portable.spec.rank_at(site), portable.sites[site]
         back = {"A": said[A][:r], "B": said[B][:, :r]}
         if MAGNITUDE in said:
@@ -77,7 +79,8 @@ class Lora(PeftType):
             sizes[name] = (len(said[B]), said[A].shape[1])
             ranks[name] = len(said[A])
         alphas = {
-            n: float(value_at(config.get("alpha_pattern"), n, config["lora_alpha"])) for n in sites
+            n: float(value_at(config.get("alpha_pattern"), n, config.get("lora_alpha", 8)))
+            for n in sites
         }
         scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
         method = "dora" if config.get("use_dora") else "lora"
@@ -154,8 +157,7 @@ def _tensors(name: str, said: Tensors, dora: bool) -> Tensors:
         raise UserError(f"layer {name!r} has a bias on B (lora_bias), which cannot be run here")
     wanted = (A, B, MAGNITUDE) if dora else (A, B)
     said = {n.removesuffix(".weight") if n.startswith(MAGNITUDE) else n: t for n, t in said.items()}
-    if missing := [n for n in wanted if n not in said]:
-        raise UserError(f"the adapter's files have no {missing[0]} for layer {name!r}")
+    need(said, wanted, name)
     if said[A].dim() != 2 or said[B].dim() != 2 or len(said[A]) != said[B].shape[1]:
         raise UserError(
             f"lora_A and lora_B of layer {name!r} do not fit each other: {list(said[A].shape)} and "

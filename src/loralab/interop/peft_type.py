@@ -1,14 +1,17 @@
 """What each of PEFT's adapter types says about itself."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loralab.core.bank import START
 from loralab.core.pack import SlotSpec
 from loralab.core.targets import by_pattern
+from loralab.errors import UserError
 from loralab.interop.portable import PAST, Portable, exact_patterns
-from loralab.recipe import Tensors
+from loralab.methods import get
+from loralab.recipe import Form, Tensors
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,35 @@ class PeftType:
         raise NotImplementedError
 
 
+def need(said: Tensors, names: Iterable[str], site: str) -> None:
+    """Raise UserError unless the file has all these tensors of a site."""
+    if missing := [name for name in names if name not in said]:
+        raise UserError(f"the adapter's files have no {missing[0]} for layer {site!r}")
+
+
 def plain(portable: Portable) -> bool:
     """Return whether the update is the Form's alone: no anchor, no folded restarts."""
     names = {n for own in portable.sites.values() for n in own}
     return not any(n.endswith(START) or n in PAST for n in names)
+
+
+def fits(portable: Portable, method: str) -> bool:
+    """Return whether the adapter has the Form of `method` and no anchor or restarts."""
+    return isinstance(portable.spec.recipe.form, _form(method)) and plain(portable)
+
+
+def _form(method: str) -> type[Form]:
+    return type(get(method).recipe.form)
+
+
+def renamed(said: Tensors, names: dict[str, str], site: str) -> Tensors:
+    """Return our tensors by PEFT's names given in `names` (ours to PEFT's).
+
+    Raises:
+        UserError: one is missing.
+    """
+    need(said, names.values(), site)
+    return {ours: said[peft] for ours, peft in names.items()}
 
 
 def alpha_at(spec: SlotSpec, name: str) -> float:
