@@ -5,6 +5,7 @@ puts the theme's values in before it draws. Lists, not arrays, so that the JSON 
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from loralab.report.data import Arm, Group, ReportData
@@ -36,9 +37,11 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
     return look | {"title": {"text": title, "standoff": 8}} | more
 
 
-def _rates(title: str = "learning rate", **more: Any) -> dict[str, Any]:
-    # Powers of ten only: on a phone every further label collides.
-    return _axis(title, type="log", dtick=1, exponentformat="power", **more)
+def _log(title: str, values: Iterable[float]) -> dict[str, Any]:
+    values = list(values)
+    # On a phone more than powers of ten collide; over less than two decades they say too little.
+    wide = max(values) > 40 * min(values)
+    return _axis(title, type="log", dtick=1 if wide else "D2", exponentformat="power")
 
 
 def _line(style: Style) -> dict[str, Any]:
@@ -98,7 +101,8 @@ def lr_curves(data: ReportData, group: Group) -> Chart | None:
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )
-    return _chart(traces, 420, xaxis=_rates(), yaxis=_axis(f"validation {data.unit.axis}"))
+    xaxis = _log("learning rate", (p.lr for arm in group.arms for p in arm.curve))
+    return _chart(traces, 420, xaxis=xaxis, yaxis=_axis(f"validation {data.unit.axis}"))
 
 
 def _about(data: ReportData, arm: Arm, point: Any) -> str:
@@ -158,7 +162,7 @@ def best_lr(data: ReportData, group: Group) -> Chart | None:
         rows.append(_span(arm, style, peak.plateau_low, peak.plateau_high, i, 14, opacity=0.2))
         rows.append(_span(arm, style, peak.lr_low, peak.lr_high, i, 3))
         rows.append(_dot(arm, style, peak.lr, i, text))
-    return _forest(arms, rows, _rates("best learning rate"))
+    return _forest(arms, rows, _log("best learning rate", (x for row in rows for x in row["x"])))
 
 
 def differences(data: ReportData, group: Group) -> Chart | None:
@@ -218,7 +222,8 @@ def curvature(data: ReportData, group: Group) -> Chart | None:
     arms = [a for a in group.arms if a.peak and a.curvature and a.curvature.lambda_max > 0]
     if len(arms) < 2:
         return None
-    look, traces = styles(data.labels, data.baseline), []
+    look = styles(data.labels, data.baseline)
+    traces: list[dict[str, Any]] = []
     for arm in arms:
         assert arm.peak is not None and arm.curvature is not None
         style, peak, top = look[arm.label], arm.peak, arm.curvature.lambda_max
@@ -245,5 +250,22 @@ def curvature(data: ReportData, group: Group) -> Chart | None:
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )
-    title = "largest Hessian eigenvalue at the start"
-    return _chart(traces, 420, xaxis=_rates(title), yaxis=_rates("best learning rate"))
+    _name(traces)
+    xaxis = _log("largest Hessian eigenvalue at the start", (t["x"][0] for t in traces))
+    yaxis = _log("best learning rate", (t["y"][0] for t in traces))
+    return _chart(traces, 420, xaxis=xaxis, yaxis=yaxis)
+
+
+def _name(traces: list[dict[str, Any]]) -> None:
+    """Write names at points with room; the others have their colour and what hovering shows."""
+    places = [(math.log(t["x"][0]), math.log(t["y"][0])) for t in traces]
+    width, height = (max(v) - min(v) or 1.0 for v in zip(*places, strict=True))
+    named: list[tuple[float, float]] = []
+    for trace, (x, y) in zip(traces, places, strict=True):
+        if all(abs(x - u) > 0.2 * width or abs(y - v) > 0.07 * height for u, v in named):
+            named.append((x, y))
+            trace["mode"] = "markers+text"
+            trace["hovertext"], trace["text"] = trace["text"], [trace["name"]]
+            trace["hovertemplate"] = "%{hovertext}<extra></extra>"
+            trace["textposition"], trace["cliponaxis"] = "top center", False
+            trace["textfont"] = {"color": trace["marker"]["color"], "size": 12}

@@ -115,11 +115,9 @@ def render(data: ReportData, pictures: dict[str, bytes], folder_name: str) -> st
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    said = words.sentences(data)
     return environment.get_template("report.html.j2").render(
         data=data,
-        headline=said[0],
-        sentences=said[1:],
+        blocks=words.blocks(data),
         cautions=words.cautions(data),
         summary=_summary(data),
         facts=_facts(data),
@@ -204,8 +202,10 @@ def _seeds(data: ReportData) -> str:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, value) of nested dictionaries."""
+    """Yield (dotted name, value) of nested dictionaries; what is empty is left out."""
     for name, value in values.items():
+        if value is None or value in ("", [], {}):
+            continue
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 from loralab.report.data import Arm, Group, ReportData
 from loralab.report.units import factor, listing, plural, rate, signed, times
@@ -10,21 +11,46 @@ ENOUGH_SEEDS = 3
 NAMED = 4  # how many methods a sentence names before it refers to the table
 
 
-def sentences(data: ReportData) -> list[str]:
-    """Return the verdict, most important first; one block per rank and batch size."""
+@dataclass(frozen=True)
+class Block:
+    """What is said of one rank and batch size: a headline and the sentences that follow it."""
+
+    name: str
+    headline: str
+    rest: tuple[str, ...]
+
+
+def blocks(data: ReportData) -> list[Block]:
+    """Return the verdict, one block per rank and batch size."""
     out = []
     for group in data.groups:
-        said = [
-            headline(data, group),
+        said = (
             _rates(data, group),
             _tuning(data, group),
             _undecided(data, group),
             _curvature(group),
             _cost(data, group),
-        ]
-        prefix = f"{group_name(group)}: " if len(data.groups) > 1 else ""
-        out += [prefix + text for text in said if text]
-    return out or ["No trial has finished yet."]
+        )
+        rest = tuple(text for text in said if text)
+        out.append(Block(group_name(group), headline(data, group), rest))
+    return out
+
+
+def sentences(data: ReportData) -> list[str]:
+    """Return the verdict as a list, headlines first; studies of several sizes name the size."""
+    parts = blocks(data)
+    if not parts:
+        return ["No trial has finished yet."]
+    if len(parts) == 1:
+        return [parts[0].headline, *parts[0].rest]
+    flat = [(part.name, part.headline) for part in parts]
+    flat += [(part.name, text) for part in parts for text in part.rest]
+    return [f"{name}: {_lowered(data, text)}" for name, text in flat]
+
+
+def _lowered(data: ReportData, text: str) -> str:
+    """Return the sentence as it reads after a colon; names of methods keep their capitals."""
+    return text if text.split()[0] in data.labels else text[0].lower() + text[1:]
 
 
 def group_name(group: Group) -> str:
@@ -145,12 +171,23 @@ def _undecided(data: ReportData, group: Group) -> str:
     arms = [arm for arm in group.others if arm.comparison.verdict == "undecided"]
     if not arms:
         return ""
+    far = _farthest(data, arms)
     if len({remedy(data, arm) for arm in arms}) == 1 < len(arms):
-        return f"To decide the {len(arms)} undecided: {remedy(data, arms[0])}."
+        return f"{far}To decide the {len(arms)} undecided: {remedy(data, arms[0])}."
     shown = [f"{arm.label} ({remedy(data, arm)})" for arm in arms[:NAMED]]
     more = len(arms) - len(shown)
     tail = f" and {more} more in the table" if more else ""
-    return f"To decide: {', '.join(shown)}{tail}."
+    return f"{far}To decide: {', '.join(shown)}{tail}."
+
+
+def _farthest(data: ReportData, arms: list[Arm]) -> str:
+    """Return how far from the baseline the undecided methods can be at most."""
+    found = [d for arm in arms if (d := arm.comparison.difference) and math.isfinite(d.low)]
+    if not found or any(arm.comparison.reason for arm in arms):
+        return ""
+    most = max(max(-d.low, d.high) for d in found)
+    who = "The undecided lie" if len(arms) > 1 else f"{arms[0].label} lies"
+    return f"{who} within {data.unit.size(most)} of {data.baseline} (95 % intervals). "
 
 
 def remedy(data: ReportData, arm: Arm) -> str:
