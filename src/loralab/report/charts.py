@@ -5,7 +5,7 @@ puts the theme's values in before it draws. Lists, not arrays, so that the JSON 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loralab.report.data import Arm, Group, ReportData
@@ -48,61 +48,52 @@ def _line(style: Style) -> dict[str, Any]:
     return {"color": style.colour, "dash": style.dash, "width": style.width}
 
 
+def _trace(
+    arm: Arm, x: Sequence[float], y: Sequence[float], mode: str, text: list[str] | None, **more: Any
+) -> dict[str, Any]:
+    """Return a scatter trace of one method; `text` is what hovering over each point shows."""
+    hover: dict[str, Any] = {"hoverinfo": "skip"}
+    if text is not None:
+        hover = {"text": text, "hovertemplate": "%{text}<extra></extra>"}
+    known = {"type": "scatter", "name": arm.label, "meta": arm.label, "x": x, "y": y, "mode": mode}
+    return known | hover | more
+
+
+def _marker(style: Style, size: int, symbol: str = "") -> dict[str, Any]:
+    return {"color": style.colour, "symbol": symbol or style.marker, "size": size}
+
+
 def lr_curves(data: ReportData, group: Group) -> Chart | None:
     """Return learning-rate curves with bands from the lowest to the highest seed."""
     if not any(arm.peak for arm in group.arms):
         return None
-    look, k, floor = styles(data.labels, data.baseline), data.unit.factor, floor_of(data, group)
-    traces: list[dict[str, Any]] = []
-    for arm in sorted(group.arms, key=lambda a: a.is_baseline):
-        style = look[arm.label]
-        points = [p for p in arm.curve if p.finite]
-        x = [p.lr for p in points]
-        common = {"name": arm.label, "meta": arm.label}
-        traces.append(
-            common
-            | {
-                "type": "scatter",
-                "x": x + x[::-1],
-                "y": [k * p.high for p in points] + [k * p.low for p in points][::-1],
-                "fill": "toself",
-                "fillcolor": style.colour,
-                "opacity": 0.13,
-                "line": {"width": 0},
-                "mode": "lines",
-                "hoverinfo": "skip",
-            }
-        )
-        traces.append(
-            common
-            | {
-                "type": "scatter",
-                "x": x,
-                "y": [k * p.mean for p in points],
-                "mode": "lines+markers",
-                "line": _line(style),
-                "marker": {"color": style.colour, "symbol": style.marker, "size": 7},
-                "text": [_about(data, arm, p) for p in points],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
-        lost = [p for p in arm.curve if p.n_diverged]
-        traces.append(
-            common
-            | {
-                "type": "scatter",
-                "x": [p.lr for p in lost],
-                "y": [floor] * len(lost),
-                "mode": "markers",
-                "marker": {"color": style.colour, "symbol": "x-thin-open", "size": 9},
-                "text": [
-                    f"<b>{arm.label}</b> at {rate(p.lr)}: {p.n_diverged} diverged" for p in lost
-                ],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
+    look, floor = styles(data.labels, data.baseline), floor_of(data, group)
+    traces = [
+        trace
+        for arm in sorted(group.arms, key=lambda a: a.is_baseline)
+        for trace in _curve(data, arm, look[arm.label], floor)
+    ]
     xaxis = _log("learning rate", (p.lr for arm in group.arms for p in arm.curve))
     return _chart(traces, 420, xaxis=xaxis, yaxis=_axis(f"validation {data.unit.axis}"))
+
+
+def _curve(data: ReportData, arm: Arm, style: Style, floor: float) -> list[dict[str, Any]]:
+    """Return one method's band, line and crosses at learning rates where runs diverged."""
+    k = data.unit.factor
+    points = [p for p in arm.curve if p.finite]
+    lost = [p for p in arm.curve if p.n_diverged]
+    x = [p.lr for p in points]
+    edge = [k * p.high for p in points] + [k * p.low for p in points][::-1]
+    band = {"fill": "toself", "fillcolor": style.colour, "opacity": 0.13, "line": {"width": 0}}
+    said = [_about(data, arm, p) for p in points]
+    failed = [f"<b>{arm.label}</b> at {rate(p.lr)}: {p.n_diverged} diverged" for p in lost]
+    line = {"line": _line(style), "marker": _marker(style, 7)}
+    cross = _marker(style, 9, "x-thin-open")
+    return [
+        _trace(arm, x + x[::-1], edge, "lines", None, **band),
+        _trace(arm, x, [k * p.mean for p in points], "lines+markers", said, **line),
+        _trace(arm, [p.lr for p in lost], [floor] * len(lost), "markers", failed, marker=cross),
+    ]
 
 
 def _about(data: ReportData, arm: Arm, point: Any) -> str:
@@ -121,32 +112,22 @@ def _forest(
     labels = [arm.label for arm in arms]
     yaxis = _axis("", autorange=False, range=[len(labels) - 0.4, -0.6], showgrid=False)
     yaxis |= {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels}
+    # Plotly leaves no room beside lines, and an interval must not end in the frame.
+    values = [math.log10(x) if xaxis.get("type") == "log" else x for row in rows for x in row["x"]]
+    room = 0.03 * (max(values) - min(values)) or 0.5
+    xaxis = xaxis | {"range": [min(values) - room, max(values) + room]}
     return _chart(rows, 90 + 28 * len(labels), xaxis=xaxis, yaxis=yaxis, **more)
 
 
-def _span(arm: Arm, style: Style, low: float, high: float, i: int, width: int, **more: Any):
-    return {
-        "type": "scatter",
-        "name": arm.label,
-        "x": [low, high],
-        "y": [i, i],
-        "mode": "lines",
-        "line": {"color": style.colour, "width": width},
-        "hoverinfo": "skip",
-    } | more
+def _span(
+    arm: Arm, style: Style, low: float, high: float, i: int, width: int, **more: Any
+) -> dict[str, Any]:
+    line = {"color": style.colour, "width": width}
+    return _trace(arm, [low, high], [i, i], "lines", None, line=line, **more)
 
 
 def _dot(arm: Arm, style: Style, x: float, i: int, text: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "name": arm.label,
-        "x": [x],
-        "y": [i],
-        "mode": "markers",
-        "marker": {"color": style.colour, "size": 10},
-        "text": [text],
-        "hovertemplate": "%{text}<extra></extra>",
-    }
+    return _trace(arm, [x], [i], "markers", [text], marker=_marker(style, 10, "circle"))
 
 
 def best_lr(data: ReportData, group: Group) -> Chart | None:
@@ -196,23 +177,15 @@ def budget(data: ReportData, group: Group) -> Chart | None:
     if not arms:
         return None
     look, k = styles(data.labels, data.baseline), data.unit.factor
-    traces = [
-        {
-            "type": "scatter",
-            "name": arm.label,
-            "meta": arm.label,
-            "x": list(range(1, len(arm.best_of) + 1)),
-            "y": [k * v for v in arm.best_of],
-            "mode": "lines",
-            "line": _line(look[arm.label]),
-            "text": [
-                f"<b>{arm.label}</b>, {n} tried: {data.unit.value(v)}"
-                for n, v in enumerate(arm.best_of, 1)
-            ],
-            "hovertemplate": "%{text}<extra></extra>",
-        }
-        for arm in sorted(arms, key=lambda a: a.is_baseline)
-    ]
+    traces = []
+    for arm in sorted(arms, key=lambda a: a.is_baseline):
+        n = list(range(1, len(arm.best_of) + 1))
+        said = [
+            f"<b>{arm.label}</b>, {i} tried: {data.unit.value(v)}"
+            for i, v in zip(n, arm.best_of, strict=True)
+        ]
+        best = [k * v for v in arm.best_of]
+        traces.append(_trace(arm, n, best, "lines", said, line=_line(look[arm.label])))
     xaxis = _axis("learning rates tried, at random", dtick=1)
     return _chart(traces, 380, xaxis=xaxis, yaxis=_axis(f"expected best {data.unit.axis}"))
 
@@ -228,28 +201,17 @@ def curvature(data: ReportData, group: Group) -> Chart | None:
         assert arm.peak is not None and arm.curvature is not None
         style, peak, top = look[arm.label], arm.peak, arm.curvature.lambda_max
         text = f"<b>{arm.label}</b><br>eigenvalue {top:.3g}, best LR {rate(peak.lr)}"
-        traces.append(
-            {
-                "type": "scatter",
-                "name": arm.label,
-                "meta": arm.label,
-                "x": [top],
-                "y": [peak.lr],
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [peak.lr_high - peak.lr],
-                    "arrayminus": [peak.lr - peak.lr_low],
-                    "color": style.colour,
-                    "thickness": 1.5,
-                    "width": 0,
-                },
-                "mode": "markers",
-                "marker": {"color": style.colour, "symbol": style.marker, "size": 11},
-                "text": [text],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
+        error = {
+            "type": "data",
+            "symmetric": False,
+            "array": [peak.lr_high - peak.lr],
+            "arrayminus": [peak.lr - peak.lr_low],
+            "color": style.colour,
+            "thickness": 1.5,
+            "width": 0,
+        }
+        drawn = {"marker": _marker(style, 11), "error_y": error}
+        traces.append(_trace(arm, [top], [peak.lr], "markers", [text], **drawn))
     _name(traces)
     xaxis = _log("largest Hessian eigenvalue at the start", (t["x"][0] for t in traces))
     yaxis = _log("best learning rate", (t["y"][0] for t in traces))
