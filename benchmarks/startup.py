@@ -81,6 +81,7 @@ def main() -> None:
         marks[name], began = now - began, now
 
     import torch
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     import loralab.training.loop  # noqa: F401
     from loralab.models import load_model

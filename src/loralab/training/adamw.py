@@ -32,25 +32,31 @@ def adamw_step(
 ) -> None:
     """Advance all tensors together; `rule` supplies the per-tensor learning-rate ratios."""
     p, g, m, v, lr, decay, fix1 = ([] for _ in range(7))
-    for s in sites:
+    owned = [s.t for s in sites]
+    for s, tensors in zip(sites, owned, strict=True):
         if "steps" not in s.state:
             s.state["steps"] = torch.zeros_like(hyper.lr)
-            for name, tensor in s.t.items():
+            for name, tensor in tensors.items():
                 s.state["m." + name] = torch.zeros_like(tensor)
                 s.state["v." + name] = torch.zeros_like(tensor)
-        s.state["steps"] += 1
-        steps = s.state["steps"].double()  # in fp32, 1 - beta2 loses five digits
-        one = (1 - beta1**steps).to(hyper.lr)
-        two = (1 - beta2**steps).sqrt().to(hyper.lr)
-        for name, tensor in s.t.items():
-            rate = hyper.lr * rule.lr_ratio(name)
+    # Numbers per slot are worked out for all sites at once: single ones cost as much as a layer.
+    torch._foreach_add_([s.state["steps"] for s in sites], 1)
+    steps = torch.stack([s.state["steps"] for s in sites])
+    one, two = 1 - beta1**steps, 1 / (1 - beta2**steps).sqrt()
+    rates = {rule.lr_ratio(name): hyper.lr for tensors in owned for name in tensors}
+    rates = {ratio: base * ratio for ratio, base in rates.items()}
+    signed = {ratio: -rate / one for ratio, rate in rates.items()}
+    kept = {ratio: 1 - rate * hyper.weight_decay for ratio, rate in rates.items()}
+    for i, (s, tensors) in enumerate(zip(sites, owned, strict=True)):
+        for name, tensor in tensors.items():
+            ratio = rule.lr_ratio(name)
             p.append(tensor)
             g.append(s.g[name])
             m.append(s.state["m." + name])
             v.append(s.state["v." + name])
-            lr.append(per_slot(-rate / one, tensor))
-            fix1.append(per_slot(1 / two, tensor))
-            decay.append(per_slot(1 - rate * hyper.weight_decay, tensor))
+            lr.append(per_slot(signed[ratio][i], tensor))
+            fix1.append(per_slot(two[i], tensor))
+            decay.append(per_slot(kept[ratio], tensor))
     torch._foreach_lerp_(m, g, 1 - beta1)
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, value=1 - beta2)

@@ -178,7 +178,8 @@ class _Run:
         batch = to_device(batch, self.device)
         rows = [len(slot) for slot in items]
         self.pack.layout.step = self.step
-        self.model.train()
+        if not self.model.training:  # it walks through every module
+            self.model.train()
         self.optimizer.zero_grad()
         with self.pack.rows(rows), self.memory:
             sums, counts = self.task.losses(self.model, batch)

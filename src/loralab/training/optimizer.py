@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loralab.core.bank import Bank
+from loralab.core.layers import wide
 from loralab.core.pack import Pack
 from loralab.core.sites import TrainedSite
 from loralab.errors import UserError
@@ -76,36 +77,46 @@ class PackOptimizer:
                         f"{type(group.schedule).__name__} plans over the whole run; pass n_steps="
                     )
 
+    def read(self) -> None:
+        """Take the parameters' gradients, zeros where there is none."""
+        for group in self.groups:
+            for state in group.states:
+                state.g = {
+                    n: p.grad if p.grad is not None else torch.zeros_like(p)
+                    for n, p in state.t.items()
+                }
+
+    @torch.no_grad()
     def collect(self) -> tuple[Tensor, Tensor]:
         """Read the gradients; return their norm per slot [K] and the largest entry |theta| [K]."""
+        self.read()
         device = next(iter(self.pack.trainable().values())).device
         squares = torch.zeros(self.pack.size, device=device)
         largest = torch.zeros(self.pack.size, device=device)
         for group in self.groups:
-            index = torch.tensor(group.slots, device=device)
+            norms, tops = [], []
             for state in group.states:
-                tensors = state.t
-                state.g = {
-                    n: p.grad if p.grad is not None else torch.zeros_like(p)
-                    for n, p in tensors.items()
-                }
-                for n, p in tensors.items():
-                    g = state.g[n].flatten(1)
-                    squares.index_add_(0, index, g.float().square().sum(1))
-                    top = p.detach().flatten(1).abs().amax(1).float()
-                    largest[index] = torch.maximum(largest[index], top)
+                for n, p in state.t.items():
+                    norms.append(torch.linalg.vector_norm(wide(state.g[n]).flatten(1), dim=1))
+                    tops.append(p.flatten(1).abs().amax(1).float())
+            if norms:
+                index = torch.tensor(group.slots, device=device)
+                squares[index] += torch.stack(norms).square().sum(0).float()
+                largest[index] = torch.maximum(largest[index], torch.stack(tops).amax(0))
         return squares.sqrt(), largest
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply slot k's gradients by factor[k]; a factor of 0 also clears NaN."""
         for group in self.groups:
             own = factor[group.slots]
-            if bool((own == 1).all()):
+            gradients = [g for state in group.states for g in state.g.values()]
+            if bool((own == 1).all()) or not gradients:
                 continue
-            for state in group.states:
-                for g in state.g.values():
-                    f = per_slot(own, g).to(g.dtype)
-                    g.copy_(torch.where(f == 0, torch.zeros_like(g), g * f))
+            torch._foreach_mul_(gradients, [per_slot(own, g).to(g.dtype) for g in gradients])
+            cleared = own == 0
+            if bool(cleared.any()):
+                for g in gradients:
+                    g[cleared] = 0
 
     @torch.no_grad()
     def step(self, lr: Tensor, weight_decay: Tensor, step: int) -> None:

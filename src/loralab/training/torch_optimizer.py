@@ -34,9 +34,9 @@ class AdapterOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norm, _ = self._inner.collect()
+        self._inner.read()
         group = self.param_groups[0]
-        ones = torch.ones_like(norm)
+        ones = torch.ones(self._inner.pack.size, device=group["params"][0].device)
         self._inner.step(ones * group["lr"], ones * group["weight_decay"], self._step)
         self._step += 1
         return loss
