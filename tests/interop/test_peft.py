@@ -67,6 +67,7 @@ def test_peft_runs_what_it_can_express(method, make, tmp_path):
     ("method", "options", "expected"),
     [
         ("rslora", {}, {"r": 4, "lora_alpha": 16, "use_rslora": True}),
+        ("rslora", {"rank_pattern": {"q_proj": 1}}, {"lora_alpha": 16, "alpha_pattern": {}}),
         ("pissa", {}, {"r": 8, "lora_alpha": 8, "use_rslora": False}),
         ("lora", {"alpha": 6}, {"r": 4, "lora_alpha": 6, "use_dora": False}),
         ("dora", {"init": "pissa"}, {"r": 8, "use_dora": True}),
@@ -106,7 +107,7 @@ CONFIGS = {
     "rslora, patterns": lambda: peft.LoraConfig(
         r=4, use_rslora=True, target_modules="all-linear",
         rank_pattern={"q_proj": 2, r"layers\.1\..*v_proj": 3},
-        alpha_pattern={"^model.layers.0.mlp.up_proj": 5},
+        alpha_pattern={"^model.layers.0.mlp.up_proj": 5, "down_proj": 3},
     ),
     "dora, regex": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=r".*\.1\..*proj"),
     "rank above the layer": lambda: peft.LoraConfig(r=12, target_modules=["k_proj"]),
@@ -232,7 +233,7 @@ def test_unknown_keys_are_kept(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"of_tomorrow": {"a": 1}}))
     first = load(llama(), folder).save(tmp_path / "a")
     second = load(llama(), first).save(tmp_path / "b")
-    for path in (first, second, import_peft(folder, tmp_path / "c")):
+    for path in (first, second, import_peft(folder, tmp_path / "c").path):
         assert read_folder(path).config["of_tomorrow"] == {"a": 1}
     assert read_folder(second).config == read_folder(first).config
 
@@ -240,10 +241,10 @@ def test_unknown_keys_are_kept(tmp_path):
 @pytest.mark.parametrize("case", ["rslora, patterns", "dora, regex", "loha", "vera", "adalora"])
 def test_import_needs_no_base(case, tmp_path):
     folder, wanted = from_peft(CONFIGS[case](), tmp_path)
-    out = import_peft(folder, tmp_path / "ours")
-    assert read_folder(out).record["method"]
-    model = llama()
-    load(model, out)
+    done = import_peft(folder, tmp_path / "ours")
+    out, model = done.path, llama()
+    adapter = load(model, out)
+    assert (adapter.method, adapter.pack.count_parameters()) == (done.method, [done.n_params])
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(by_peft(out)), wanted, rtol=0, atol=1e-5)
 

@@ -79,6 +79,14 @@ def test_a_second_save_writes_the_same(tmp_path):
     assert not second.tensors
 
 
+def test_only_what_peft_s_tensors_do_not_tell_is_written_beside_them(tmp_path):
+    extra = {"lora": set(), "relora": set(), "pissa": {"loralab_B", "loralab_A_start"}}
+    for method, names in extra.items():
+        folder = trained(method, seed=3).save(tmp_path / method)
+        keys = read_folder(folder).tensors
+        assert {k.rsplit(".", 1)[-1] for k in keys if "loralab" in k} == names
+
+
 def test_another_process_gets_the_same_bits(tmp_path):
     adapter = trained("pissa")
     folder, out = adapter.save(tmp_path / "adapter"), tmp_path / "logits.safetensors"

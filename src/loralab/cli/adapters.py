@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from loralab.cli.inputs import adapter_folder, open_model, writable_folder
+from loralab.cli.inputs import adapter_folder, open_model, warm_model, writable_folder
 from loralab.cli.output import Answer, Command
 from loralab.cli.use import base_of
 
@@ -22,41 +22,43 @@ class Export(Command):
     out: Path
     """folder for the result"""
     model: str | None = None
-    """the base; what the adapter was trained on by default"""
+    """the base, where it is needed (merged); what the adapter was trained on by default"""
+    rank: int | None = None
+    """for lora: compress the update to this rank by SVD, and tell the error"""
 
     def run(self) -> Answer:
         """Write it."""
-        from loralab.core.adapter import load
+        from loralab.interop.export import export_folder
 
-        ref = base_of(adapter_folder(self.adapter), self.model)
-        out = writable_folder(self.out)
-        model, processor = open_model(ref)
-        written = load(model, self.adapter).export(out, self.to)
-        if self.to == "merged" and hasattr(processor, "save_pretrained"):
-            processor.save_pretrained(out)
-        return Answer({"out": written, "to": self.to, "model": ref}, f"wrote {written}")
+        folder, out = adapter_folder(self.adapter), writable_folder(self.out)
+        ref = base_of(folder, self.model) if self.to == "merged" or self.model else None
+        if ref is not None:
+            warm_model(ref)
+        done = export_folder(folder, self.to, out, ref, self.rank)
+        data = {"out": done.path, "to": self.to, "relative_error": done.relative_error}
+        return Answer(data, f"wrote {done.path}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import(Command):
-    """Take over an adapter that PEFT wrote, after running it once through our own loader."""
+    """Take over an adapter that PEFT wrote; the base is not needed, but can prove that it fits."""
 
     peft_dir: Positional[Path]
     """PEFT's folder: adapter_config.json and adapter_model.safetensors"""
     out: Path
     """folder for the adapter"""
     model: str | None = None
-    """the base; what the adapter's configuration names by default"""
+    """load the adapter on this base first"""
 
     def run(self) -> Answer:
-        """Load it on its base and save it."""
+        """Rewrite it."""
         from loralab.core.adapter import load
+        from loralab.interop.export import import_peft
 
-        ref = base_of(adapter_folder(self.peft_dir), self.model)
-        out = writable_folder(self.out)
-        model, _ = open_model(ref)
-        adapter = load(model, self.peft_dir)
-        written = adapter.save(out)
-        n = sum(parameter.numel() for parameter in adapter.parameters())
-        text = f"wrote {written}: {adapter.method or 'an own recipe'}, {n:,} trained numbers"
-        return Answer({"out": written, "method": adapter.method, "n_params": n}, text)
+        folder, out = adapter_folder(self.peft_dir), writable_folder(self.out)
+        if self.model is not None:
+            load(open_model(self.model)[0], folder)
+        done = import_peft(folder, out)
+        method = done.method or "an own recipe"
+        text = f"wrote {done.path}: {method}, {done.n_params:,} trained numbers"
+        return Answer({"out": done.path, "method": done.method, "n_params": done.n_params}, text)

@@ -38,6 +38,15 @@ class Exported:
     relative_error: float = 0.0
 
 
+@dataclass(frozen=True)
+class Imported:
+    """What was taken over: the folder, the method's name, how many numbers are trained."""
+
+    path: Path
+    method: str
+    n_params: int
+
+
 def export(adapter: "Adapter", path: Path, to: str, rank: int | None = None) -> Exported:
     """Write an adapter as "peft", "lora" or "merged"; see `export_adapter`.
 
@@ -81,13 +90,15 @@ def export_folder(
     return written
 
 
-def import_peft(path: Path, out: Path) -> Path:
-    """Rewrite an adapter of PEFT's as ours, without its base, and return `out`.
+def import_peft(path: Path, out: Path) -> Imported:
+    """Rewrite an adapter of PEFT's as ours, without its base.
 
     Raises:
         UserError: as `load_adapter`, for all that can be seen without the model.
     """
-    return write_folder(out, encode(decode(read_folder(path))))
+    portable = decode(read_folder(path))
+    written = write_folder(out, encode(portable))
+    return Imported(written, portable.method, portable.count_parameters())
 
 
 def _write(portable: Portable, path: Path, to: str, rank: int | None) -> Exported:
@@ -128,6 +139,8 @@ def as_lora(portable: Portable, rank: int | None = None) -> tuple[View, float]:
         raise UserError(
             f"{method} has a dense update, so that LoRA can only approximate it; say the rank"
         )
+    if rank is not None and rank < 1:
+        raise UserError(f"rank must be at least 1, not {rank}")
     sites: dict[str, Tensors] = {}
     lost = total = 0.0
     for name in portable.sites:
@@ -135,7 +148,7 @@ def as_lora(portable: Portable, rank: int | None = None) -> tuple[View, float]:
         if rank is None:
             sites[name] = dict(zip((B, A), (t[0] for t in bank.unscaled_factors()), strict=True))
             continue
-        scale = portable.spec.scale_at(name)
+        scale = portable.spec.scale_at(name) or 1.0
         D = bank.delta()[0].double() / scale
         sites[name] = truncated(D, rank, like=bank.scale)
         kept = sites[name][B].double() @ sites[name][A].double()

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from loralab.core.bank import START
 from loralab.core.pack import SlotSpec
-from loralab.core.targets import by_pattern
+from loralab.core.targets import by_pattern, matches_suffix
 from loralab.errors import UserError
-from loralab.interop.portable import PAST, Portable, exact_patterns
+from loralab.interop.portable import PAST, Portable
 from loralab.methods import get
 from loralab.recipe import Form, Tensors
 
@@ -151,3 +151,15 @@ def spec_of(
         rank_pattern=exact_patterns({n: r for n, r in ranks.items() if r != rank}, ranks),
         alpha_pattern=exact_patterns({n: a for n, a in alphas.items() if a != alpha}, ranks),
     )
+
+
+def exact_patterns(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return {pattern: value} whose patterns fit only the layer they name among `names`."""
+    names = list(names)
+    return {exact(name, names): value for name, value in values.items()}
+
+
+def exact(name: str, names: Iterable[str]) -> str:
+    """Return a pattern for one name: itself, or an expression where it is another's suffix."""
+    twice = any(n != name and matches_suffix(n, name) for n in names)
+    return f"(?:{re.escape(name)})" if twice else name

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,15 @@ class Portable:
     foreign: dict[str, Any] = field(default_factory=dict)
     transposed: bool = False
     start_again: bool = False
+
+    def count_parameters(self) -> int:
+        """Return the number of trained numbers."""
+        form, rule = self.spec.recipe.form, self.spec.recipe.rule
+        tensors = [*self.whole.values()]
+        for own in (*self.sites.values(), self.shared):
+            names = [n for n in own if n not in form.frozen and n not in PAST and rule.trains(n)]
+            tensors.append({n: own[n] for n in names if not n.endswith(START)})
+        return sum(t.numel() for own in tensors for t in own.values())
 
     def bank(self, name: str) -> Bank:
         """Return a bank of one for a site.
@@ -141,18 +150,6 @@ def onto(model: nn.Module, portable: Portable) -> "Adapter":
     kept = {k: v for k, v in portable.config.items() if k in KEPT and v and k not in told}
     adapter.foreign_config = {**portable.foreign, **kept}
     return adapter
-
-
-def exact_patterns(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return {pattern: value} whose patterns fit only the layer they name among `names`."""
-    names = list(names)
-    return {exact(name, names): value for name, value in values.items()}
-
-
-def exact(name: str, names: Iterable[str]) -> str:
-    """Return a pattern for one name: itself, or an expression where it is another's suffix."""
-    twice = any(n != name and matches_suffix(n, name) for n in names)
-    return f"(?:{re.escape(name)})" if twice else name
 
 
 def _tensors(bank: Bank) -> Tensors:
