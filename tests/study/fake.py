@@ -150,4 +150,4 @@ if __name__ == "__main__":
     from loralab.study.run import run_study
 
     spec, out = map(Path, sys.argv[1:3])
-    run_study(spec, out, Told(), max_slots=4, checkpoint_every=2, backend=BACKEND)
+    run_study(spec, out, Told(), max_slots=4, workers=1, checkpoint_every=2, backend=BACKEND)

@@ -35,7 +35,7 @@ def spec(tmp_path):
 
 
 def run(spec, out, backend=fake.BACKEND, **options):
-    run_study(spec, out, max_slots=4, backend=backend, **options)
+    run_study(spec, out, max_slots=4, backend=backend, **{"workers": 1} | options)
     return load_results(out)
 
 

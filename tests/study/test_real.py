@@ -56,7 +56,7 @@ def backend():
 @pytest.fixture(scope="module")
 def whole(backend, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    return Study(SPEC, out).run(max_slots=9, backend=backend, device="cpu").results()
+    return Study(SPEC, out).run(max_slots=9, workers=1, backend=backend, device="cpu").results()
 
 
 def test_every_stage_runs(whole):
@@ -71,7 +71,8 @@ def test_every_stage_runs(whole):
 
 
 def test_interrupted_at_many_steps_the_numbers_are_the_same(whole, backend, tmp_path):
-    options = {"max_slots": 9, "checkpoint_every": 2, "backend": backend, "device": "cpu"}
+    options = {"max_slots": 9, "workers": 1, "checkpoint_every": 2}
+    options |= {"backend": backend, "device": "cpu"}
     study = Study(SPEC, tmp_path)
     for n_steps in itertools.chain([3, 5, 1], itertools.repeat(5)):
         try:

@@ -2,7 +2,7 @@ import dataclasses
 
 from loralab.study.packing import halves, pack_trials
 from loralab.study.parse import parse
-from loralab.study.results import TrialResult
+from loralab.study.results import MethodChoice, TrialResult
 from loralab.study.search import best_point, confirm_trials, families, grid_round, grid_trials
 
 SPEC = parse(
@@ -109,9 +109,28 @@ def test_packs_cover_all_and_share_what_they_can():
     planned = grid_trials(SPEC, 10, families(SPEC))
     packs = pack_trials(planned, 12)
     assert sorted(p.trial.id for pack in packs for p in pack) == sorted(p.trial.id for p in planned)
-    assert {len(pack) for pack in packs} <= {11, 12}
+    assert {len(pack) for pack in packs} == {10}  # 12 would cut families in two
     for pack in pack_trials(planned, 5):
         assert len({(p.label, p.trial.rank, p.trial.seed, p.trial.batch_size) for p in pack}) == 1
+
+
+def test_packs_keep_every_worker_busy_and_the_same_arguments_give_the_same_packs():
+    planned = grid_trials(SPEC, 10, families(SPEC))
+    for workers in (2, 3, 16, 70):
+        packs = pack_trials(planned, 100, workers)
+        assert len(packs) >= workers and max(map(len, packs)) <= -(-80 // workers)
+        assert packs == pack_trials(planned[::-1][::-1], 100, workers)
+    assert len(pack_trials(planned[:3], 100, 8)) == 3
+
+
+def test_packs_are_cut_where_another_kind_of_bank_begins():
+    names = ["pissa", "dora", "lora", "olora"]  # pissa and olora share their banks
+    spec = dataclasses.replace(
+        SPEC, methods=parse({"task": "t", "steps": 1, "methods": names}, "s").methods
+    )
+    planned = confirm_trials(spec, 10, [MethodChoice(name, 8, 2, 1e-3) for name in names])
+    packs = [{p.label for p in pack} for pack in pack_trials(planned, 9)]
+    assert len(packs) == 2 and any({"pissa", "olora"} <= labels for labels in packs)
 
 
 def test_packs_never_mix_lengths():

@@ -24,9 +24,10 @@ def store(tmp_path):
 
 def test_results_come_back_bit_for_bit(store, tmp_path):
     store.add_packs("grid", TRIALS, [TRIALS])
-    pack = store.next_pack()
+    (pack,) = store.unfinished_packs()
     assert pack.planned == TRIALS and pack.state == "waiting"
-    assert store.next_pack().state == "running"
+    store.start_pack(pack.id)
+    assert [found.state for found in store.unfinished_packs()] == ["running"]
     scores = np.array([0.1, -0.0, 3e-38], dtype=np.float32)
     first = TrialResult(
         TRIALS[0].trial, "x", "grid", "done", 0.1 + 0.2, None, scores, None, [(1, 0.5), (2, 1e-9)]
@@ -35,7 +36,7 @@ def test_results_come_back_bit_for_bit(store, tmp_path):
         TRIALS[1].trial, "x", "grid", "diverged", curve=[(1, math.nan)], reason="exploded", step=1
     )
     store.finish_pack(pack.id, [first, lost])
-    assert store.next_pack() is None
+    assert store.unfinished_packs() == []
     one, two = load_results(tmp_path / "study.sqlite").trials
     assert one.validation_items.tobytes() == scores.tobytes() and one.test_items is None
     assert (one.trial, one.validation, one.curve) == (first.trial, 0.1 + 0.2, first.curve)
@@ -45,12 +46,12 @@ def test_results_come_back_bit_for_bit(store, tmp_path):
 
 def test_a_transaction_that_fails_leaves_nothing(store):
     store.add_packs("grid", TRIALS[:1], [TRIALS[:1]])
-    pack = store.next_pack()
+    (pack,) = store.unfinished_packs()
     good = TrialResult(TRIALS[0].trial, "x", "grid", "done", 0.5, curve=[(1, 0.1)])
     twice = TrialResult(TRIALS[0].trial, "x", "grid", "done", 0.9, curve=[(1, 0.1), (1, 0.2)])
     with pytest.raises(IntegrityError):
         store.finish_pack(pack.id, [good, twice])
-    assert store.results().trials == [] and store.next_pack().id == pack.id
+    assert store.results().trials == [] and store.unfinished_packs() == [pack]
 
 
 def test_choices_are_replaced(store):

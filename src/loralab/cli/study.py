@@ -18,6 +18,8 @@ class Plan(Command):
     """study.toml"""
     max_slots: int | None = None
     """the most trials per pack; measured by default"""
+    workers: int | None = None
+    """how many packs at once; one per core or per GPU by default"""
 
     def run(self) -> Answer:
         """Return the plan."""
@@ -25,7 +27,7 @@ class Plan(Command):
         from loralab.study.plan import plan_study
 
         warm_model(read_spec(self.spec).model)
-        plan = plan_study(self.spec, max_slots=self.max_slots)
+        plan = plan_study(self.spec, max_slots=self.max_slots, workers=self.workers)
         return Answer(plan.to_dict(), plan.text())
 
 
@@ -40,7 +42,10 @@ class Run(Command):
     max_slots: int | None = None
     """the most trials per pack; measured by default"""
     device: str | None = None
-    """cpu, cuda, cuda:1; a GPU by default if there is one"""
+    """cpu, cuda, cuda:1; every GPU by default if there are any"""
+    workers: int | None = None
+    """how many packs to train at once, each in a process of one thread; one per core or per GPU
+    by default; 1 trains in this process, with the threads it has"""
 
     def run(self) -> Answer:
         """Run what is left and return the status."""
@@ -53,7 +58,12 @@ class Run(Command):
         warm_model(spec.model)
         with Progress() as progress:
             folder = run_study(
-                self.spec, out, progress, max_slots=self.max_slots, device=self.device
+                self.spec,
+                out,
+                progress,
+                max_slots=self.max_slots,
+                device=self.device,
+                workers=self.workers,
             )
         status = study_status(folder)
         text = f"{status.text()}\n\nloralab report {folder}"

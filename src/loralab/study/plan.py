@@ -43,6 +43,7 @@ class StudyPlan:
 
     Args:
         n_widening: the most trials that widening can add.
+        workers: how many packs run at once.
         tokens: training tokens (or items) of grid and confirm stage.
         model_bytes: the frozen base.
         within_budget: whether grid and confirm stage fit the spec's budget.
@@ -57,17 +58,23 @@ class StudyPlan:
     tokens: float
     model_bytes: int
     max_slots: int
+    workers: int
     within_budget: bool
 
     @property
     def seconds(self) -> float:
-        """Return the estimated time of all packs."""
-        return sum(pack.seconds for pack in self.packs)
+        """Return the estimated time of all packs, as many at once as there are workers."""
+        total = 0.0
+        for stage in self.trials:
+            times = [pack.seconds for pack in self.packs if pack.stage == stage]
+            total += max([sum(times) / self.workers, *times])
+        return total
 
     @property
     def bytes_(self) -> int:
-        """Return the estimated memory of base and largest pack."""
-        return self.model_bytes + max((pack.bytes_ for pack in self.packs), default=0)
+        """Return the estimated memory of base and largest pack, in every worker."""
+        each = self.model_bytes + max((pack.bytes_ for pack in self.packs), default=0)
+        return self.workers * each
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -81,10 +88,11 @@ class StudyPlan:
             f"study {self.name} ({self.hash})",
             f"trials: {trials}; widening may add up to {self.n_widening}",
             *(f"  {label}: learning rates {_span(grid)}" for label, grid in self.grids.items()),
-            f"packs: {len(self.packs)}, up to {self.max_slots} trials each",
+            f"packs: {len(self.packs)}, up to {self.max_slots} trials each, {self.workers} at once",
             *(_pack_line(i, pack) for i, pack in enumerate(self.packs, 1)),
             f"training tokens or items: {self.tokens:.3g}",
-            f"memory: about {_bytes(self.bytes_)}, {_bytes(self.model_bytes)} of it the base",
+            f"memory: about {_bytes(self.bytes_)}, {_bytes(self.workers * self.model_bytes)} of it "
+            "the base",
             f"time: about {time_text(self.seconds)} without widening",
             "memory and time are estimates from a few real steps on this machine",
         ]
@@ -114,6 +122,7 @@ def plan_study(
     *,
     max_slots: int | None = None,
     device: str | None = None,
+    workers: int | None = None,
     backend: Backend = Backend(),  # noqa: B008
 ) -> StudyPlan:
     """Return what `run_study` would do. It trains three steps of each method to measure.
@@ -121,6 +130,9 @@ def plan_study(
     Raises:
         UserError: a wrong spec, or a model or task that cannot be loaded.
     """
+    from loralab.study.workers import default_size, devices_of
+    from loralab.training.memory import available_bytes
+
     source = Path.cwd() if isinstance(spec, StudySpec) else Path(spec).absolute().parent
     spec = spec if isinstance(spec, StudySpec) else read_spec(spec)
     bench = set_up(spec, source, device, backend)
@@ -134,11 +146,13 @@ def plan_study(
     confirm = search.confirm_trials(spec, bench.n_train, winners)
     sizes = {split: bench.task.size(split) for split in ("validation", "test")}
     n_items = {"grid": sizes["validation"], "confirm": sum(sizes.values())}
-    limit = max_slots or probe.max_slots(grid, bench.device)
+    room, devices = available_bytes(bench.device), devices_of(device)
+    size = workers or default_size(devices, bench, room)
+    limit = max_slots or probe.max_slots(grid, room, -(-size // len(devices)))
     packs = [
         _planned_pack(pack, probe, n_items[pack[0].stage])
         for stage in (grid, confirm)
-        for pack in pack_trials(stage, limit)
+        for pack in pack_trials(stage, limit, size)
     ]
     n_widening = search.MAX_WIDENINGS * search.POINTS_PER_WIDENING * len(spec.seeds) * len(parts)
     n_rows = search.cost(spec, bench.n_train, parts)[1]
@@ -152,6 +166,7 @@ def plan_study(
         tokens=n_rows * probe.row_tokens,
         model_bytes=probe.model_bytes,
         max_slots=limit,
+        workers=size,
         within_budget=search.within_budget(spec, bench.n_train, parts, probe.row_tokens),
     )
 

@@ -14,6 +14,8 @@ from loralab.tasks.base import Batch, Task
 N_STEPS = 3
 N_ITEMS = 16
 SLOTS_AT_MOST = 32  # more hardly ever pays: the device is busy long before
+MEMORY_SHARE = 0.7  # of what is free
+WORKER_BYTES = 500 * 2**20  # a process that has imported torch
 OPTIMIZER_BYTES = 16  # per trained number: value, gradient and two moments in fp32
 
 
@@ -71,12 +73,18 @@ class Probe:
         n_params = self.n_params[planned.label, trial.rank]
         return int(OPTIMIZER_BYTES * n_params + self.row_bytes * trial.batch_size)
 
-    def max_slots(self, group: Sequence[Planned], device: Any) -> int:
-        """Return how many of the largest trials of `group` fit on the device now."""
-        from loralab.training.memory import pack_size
+    def max_slots(self, group: Sequence[Planned], room: int, sharing: int = 1) -> int:
+        """Return how many of the largest trials of `group` fit, at least one.
 
-        largest = max(self.slot_bytes(planned) for planned in group)
-        return min(SLOTS_AT_MOST, pack_size(largest, 0, device))
+        Args:
+            room: bytes free on the device before any worker started.
+            sharing: how many workers share the device, each with a base of its own if several.
+        """
+        each = MEMORY_SHARE * room / sharing
+        if sharing > 1:
+            each -= self.model_bytes + WORKER_BYTES
+        largest = max(1, *(self.slot_bytes(planned) for planned in group))
+        return max(1, min(SLOTS_AT_MOST, int(each // largest)))
 
     def seconds(self, planned: Planned, n_items: int) -> float:
         """Return the time of one trial in a pack, scoring of `n_items` included."""
@@ -111,7 +119,7 @@ def measure(bench: Bench, planned: Sequence[Planned]) -> Probe:
         start_seconds=sums["start"] / len(known),
         item_seconds=sums["score"] / max(1, sums["items"]),
         row_tokens=sums["tokens"] / (N_STEPS * sums["rows"]),
-        model_bytes=sum(p.numel() * p.element_size() for p in bench.model.parameters()),
+        model_bytes=model_bytes(bench.model),
     )
 
 
@@ -156,3 +164,8 @@ def _allocated(device: Any) -> int:
     import torch
 
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def model_bytes(model: Any) -> int:
+    """Return the bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

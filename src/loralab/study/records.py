@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,21 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from loralab.study import schema
 from loralab.study.results import MethodChoice, StudyResults, TrialResult
+from loralab.study.search import Planned
 from loralab.study.trial import Trial
 
 _NUMBERS = ("seconds", "n_params", "peak_bytes", "tokens", "step", "reason", "status")
 Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class StoredPack:
+    """A pack with its trials, as planned; `state` is "waiting" or "running"."""
+
+    id: int
+    stage: str
+    planned: list[Planned]
+    state: str
 
 
 def trial_of(text: str) -> Trial:
@@ -22,6 +34,18 @@ def trial_of(text: str) -> Trial:
     data = json.loads(text)
     lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     return Trial(**data | lists)
+
+
+def unfinished_packs(c: Connection) -> list[StoredPack]:
+    """Return the packs that are left, in the order in which they were planned."""
+    t = schema.packs.c
+    rows = c.execute(select(schema.packs).where(t.state.in_(("running", "waiting"))).order_by(t.id))
+    waiting = c.execute(select(schema.trials).where(schema.trials.c.status == "waiting"))
+    trials = {row.id: Planned(trial_of(row.trial), row.label, row.stage) for row in waiting}
+    return [
+        StoredPack(row.id, row.stage, [trials[i] for i in json.loads(row.trials)], row.state)
+        for row in rows
+    ]
 
 
 def write(c: Connection, result: TrialResult) -> None:
@@ -72,11 +96,14 @@ def read(c: Connection, study: Mapping[str, Any], with_items: bool) -> StudyResu
     curvature = c.execute(select(schema.curvature.c.row).order_by(schema.curvature.c.number))
     events = c.execute(select(schema.events).order_by(schema.events.c.id))
     times = {name: study[name] for name in ("created", "finished")}
+    # Labels may have been measured in any order.
+    order = [method["label"] for method in study["spec"].get("methods", [])]
+    rows = [json.loads(text) for text in curvature.scalars()]
     return StudyResults(
         spec=study["spec"],
         trials=[_result(dict(row), curves, scores) for row in found],
         choices=[MethodChoice(**json.loads(text)) for text in choices.scalars()],
-        curvature=[json.loads(text) for text in curvature.scalars()],
+        curvature=sorted(rows, key=lambda row: order.index(row["label"])),
         environment=study["environment"] | times,
         metric=study["metric"] or "",
         higher_is_better=study["higher_is_better"] != 0,

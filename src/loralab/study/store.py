@@ -7,11 +7,10 @@ SQLAlchemy knows by URL. There is one writer. A killed process leaves the last t
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
@@ -19,21 +18,12 @@ from sqlalchemy.pool import NullPool
 
 from loralab.errors import UserError
 from loralab.study import records, schema
+from loralab.study.records import StoredPack
 from loralab.study.results import MethodChoice, StudyResults, TrialResult
 from loralab.study.search import Planned
 
 FILE = "study.sqlite"
 URL_FILE = "store.url"
-
-
-@dataclass(frozen=True)
-class StoredPack:
-    """A pack with its trials, as planned; `state` is "waiting" or "running"."""
-
-    id: int
-    stage: str
-    planned: list[Planned]
-    state: str
 
 
 def now() -> str:
@@ -194,36 +184,36 @@ class Store:
                 ids = json.dumps([p.trial.id for p in pack])
                 c.execute(insert(schema.packs).values(stage=stage, trials=ids, state="waiting"))
 
-    def next_pack(self) -> StoredPack | None:
-        """Return the first unfinished pack, marking it as running; None when there is none."""
+    def unfinished_packs(self) -> list[StoredPack]:
+        """Return the packs that are left, in the order in which they were planned."""
         with self._transaction() as c:
-            unfinished = schema.packs.c.state.in_(("running", "waiting"))
-            row = c.execute(select(schema.packs).where(unfinished).order_by("id")).first()
-            if row is None:
-                return None
-            ids = json.loads(row.trials)
-            found = c.execute(select(schema.trials).where(schema.trials.c.id.in_(ids)))
-            rows = {trial.id: trial for trial in found}
-            c.execute(
-                update(schema.packs)
-                .where(schema.packs.c.id == row.id)
-                .values(state="running", started=row.started or now())
-            )
-        planned = [
-            Planned(records.trial_of(rows[i].trial), rows[i].label, rows[i].stage) for i in ids
-        ]
-        return StoredPack(row.id, row.stage, planned, row.state)
+            return records.unfinished_packs(c)
 
-    def split_pack(self, pack: StoredPack, parts: Sequence[Sequence[str]]) -> None:
-        """Replace a pack by parts of it that wait, and record why."""
+    def start_pack(self, pack_id: int) -> None:
+        """Record that a pack runs, and since when if it did not run before."""
+        table = schema.packs
+        with self._transaction() as c:
+            where = table.c.id == pack_id
+            started = func.coalesce(table.c.started, now())
+            c.execute(update(table).where(where).values(state="running", started=started))
+
+    def split_pack(
+        self, pack: StoredPack, parts: Sequence[Sequence[str]], why: str = "out of memory"
+    ) -> list[StoredPack]:
+        """Replace a pack by parts of it that wait, record why and return the parts."""
+        planned = {p.trial.id: p for p in pack.planned}
+        found = []
         with self._transaction() as c:
             where = schema.packs.c.id == pack.id
             c.execute(update(schema.packs).where(where).values(state="split"))
             for ids in parts:
                 values = {"stage": pack.stage, "trials": json.dumps(ids), "state": "waiting"}
-                c.execute(insert(schema.packs).values(**values))
+                done = c.execute(insert(schema.packs).values(**values))
+                number = cast(tuple[Any, ...], done.inserted_primary_key)[0]
+                found.append(StoredPack(number, pack.stage, [planned[i] for i in ids], "waiting"))
             detail = {"pack": pack.id, "trials": len(pack.planned), "into": [len(p) for p in parts]}
-            records.add_event(c, now(), "out of memory", detail)
+            records.add_event(c, now(), why, detail)
+        return found
 
     def finish_pack(self, pack_id: int, results: Sequence[TrialResult]) -> None:
         """Store a pack's results and that it is done, in one transaction."""
