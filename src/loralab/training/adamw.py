@@ -41,8 +41,9 @@ def adamw_step(
                 s.state["v." + name] = torch.zeros_like(tensor)
     # Numbers per slot are worked out for all sites at once: single ones cost as much as a layer.
     torch._foreach_add_([s.state["steps"] for s in sites], 1)
-    steps = torch.stack([s.state["steps"] for s in sites])
-    one, two = 1 - beta1**steps, 1 / (1 - beta2**steps).sqrt()
+    steps = torch.stack([s.state["steps"] for s in sites]).double()
+    # In fp32, 1 - beta2 keeps only three or four digits.
+    one, two = (1 - beta1**steps).to(hyper.lr), (1 - beta2**steps).rsqrt().to(hyper.lr)
     rates = {rule.lr_ratio(name): hyper.lr for tensors in owned for name in tensors}
     rates = {ratio: base * ratio for ratio, base in rates.items()}
     signed = {ratio: -rate / one for ratio, rate in rates.items()}
