@@ -184,6 +184,9 @@ def _save_model(model: nn.Module, folder: Path) -> None:
 
     save: Any = getattr(model, "save_pretrained", None)
     if save is not None:
-        save(folder)
+        from loralab.models.loading import quiet
+
+        with quiet():
+            save(folder)
     else:
         save_model(model, str(folder / "model.safetensors"))

@@ -96,6 +96,7 @@ def load_model(
         if spec != ModelSpec(attn=spec.attn):
             raise UserError(f"model {target!r} has no option but attn")
         base, symbols = tiny_base(recipe=RECIPES[target])
+        base.config._name_or_path = target  # what a saved adapter says its base is
         if spec.attn is not None:
             base.set_attn_implementation(spec.attn)
         return _placed(base, dtype, device), symbols
