@@ -31,7 +31,10 @@ def cli_json(cli):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """Make `tiny` a base that was trained for two steps only: commands matter here, not scores."""
+    """Make `tiny` a base that was trained for two steps only: commands matter here, not scores.
+
+    Worker processes do not see this, so studies here run with `--workers 1`.
+    """
     from loralab.models import tiny
 
     patch = pytest.MonkeyPatch()

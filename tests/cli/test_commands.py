@@ -106,11 +106,11 @@ def test_import_takes_over_what_peft_reads(cli_json, adapter, tmp_path):
 
 def test_a_study_is_planned_run_watched_and_reported(cli_json, spec, tmp_path):
     out = tmp_path / "results"
-    plan = cli_json("study", "plan", spec)
+    plan = cli_json("study", "plan", spec, "--workers", "1")
     assert plan["trials"] == {"grid": 4, "confirm": 2}
-    run = cli_json("study", "run", spec, "--out", out)
+    run = cli_json("study", "run", spec, "--out", out, "--workers", "1")
     assert run["finished"] and run["trials"]["grid"] == {"done": 4}
-    again = cli_json("study", "run", spec, "--out", out)
+    again = cli_json("study", "run", spec, "--out", out, "--workers", "1")
     assert again["trials"] == run["trials"] and again["finished"] == run["finished"]
     assert cli_json("study", "status", out)["trials"] == run["trials"]
     report = cli_json("report", out)

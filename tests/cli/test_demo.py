@@ -32,12 +32,12 @@ def test_the_quick_demo_has_the_same_shape(spec_of):
 def test_a_demo_runs_goes_on_and_keeps_its_folder(cli, cli_json, base, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "packaged", lambda quick: SPEC)
     out = tmp_path / "demo"
-    code, shown, err = cli("demo", "--out", out)
+    code, shown, err = cli("demo", "--out", out, "--workers", "1")
     assert code == 0, err
     assert shown.rstrip().endswith(f"report: {out / 'report.html'}") and "lora_fa" in shown
-    assert cli_json("demo", "--out", out)["report"] == str(out / "report.html")
+    assert cli_json("demo", "--out", out, "--workers", "1")["report"] == str(out / "report.html")
     monkeypatch.setattr(demo, "packaged", lambda quick: SPEC + "# changed\n")
-    code, _, err = cli("demo", "--out", out)
+    code, _, err = cli("demo", "--out", out, "--workers", "1")
     assert code == 2 and "another study" in err
 
 

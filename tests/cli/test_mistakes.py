@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_in_a_study_loses_nothing(cli, cli_json, spec, tmp_
         return finish(self, *args)
 
     out = tmp_path / "o"
-    words = ("study", "run", spec, "--out", out, "--max-slots", "2")
+    words = ("study", "run", spec, "--out", out, "--max-slots", "2", "--workers", "1")
     monkeypatch.setattr(Store, "finish_pack", full)
     code, _, err = cli(*words)
     assert code == 2 and "No space left" in err and "Traceback" not in err

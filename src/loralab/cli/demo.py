@@ -1,8 +1,6 @@
 """`loralab demo`: the main job on the embedded default, from nothing to a report."""
 
-import contextlib
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +26,8 @@ class Demo(Command):
     """the study's folder"""
     quick: bool = False
     """fewer methods and learning rates: at most a minute"""
+    workers: int | None = None
+    """how many packs to train at once, each in a process of one thread; one per core by default"""
 
     def run(self) -> Answer:
         """Run study, curvature and report."""
@@ -44,28 +44,11 @@ class Demo(Command):
                 f"or run it with `loralab study run {spec} --out {out}`"
             )
         warm_model(tomllib.loads(wanted)["model"])
-        with Progress() as progress, one_thread():
-            run_study(spec, out, progress)
+        with Progress() as progress:
+            run_study(spec, out, progress, workers=self.workers)
             progress.finish()
             progress.say("writing the report")
         return written_report(out)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread inside: the same numbers on any number of cores.
-
-    The tiny model's matrices are too small to gain much from more, and on a busy machine threads
-    that wait for each other cost tenfold.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def packaged(quick: bool) -> str:
