@@ -13,6 +13,7 @@ from loralab.study.statistics import (
     holm,
     paired_difference,
     pooled_seed_variance,
+    pooled_t_intervals,
     seeds_needed,
     spearman,
     t_interval,
@@ -186,3 +187,15 @@ def test_spearman_interval():
     assert perfect.estimate == pytest.approx(-1)
     assert perfect.high > 0  # four points in perfect order prove little
     assert np.isnan(spearman(x, np.ones(10)).estimate)
+
+
+def test_pooled_intervals_share_the_spread_of_all_groups():
+    rng = np.random.default_rng(5)
+    groups = [rng.normal(0, 1, 2) for _ in range(50)] + [np.array([3.0])]
+    found = pooled_t_intervals(groups)
+    widths = [i.high - i.low for i in found]
+    assert np.ptp(widths[:50]) < 1e-12
+    assert widths[50] == pytest.approx(np.sqrt(2) * widths[0])
+    assert sum(i.low <= 0 <= i.high for i in found[:50]) >= 43  # 95 % of 50, four sigma off
+    alone = pooled_t_intervals(groups[:2])
+    assert alone == [t_interval(g) for g in groups[:2]]

@@ -16,8 +16,8 @@ from loralab.study.statistics import (
     holm,
     paired_difference,
     pooled_seed_variance,
+    pooled_t_intervals,
     seeds_needed,
-    t_interval,
     verdict,
 )
 
@@ -32,7 +32,7 @@ class Comparison:
     Args:
         basis: "test" (winners re-run on fresh seeds, one look), or "validation" (grid seeds, the
             learning rate for each seed chosen on the other seeds), or "" if nothing is there yet.
-        final: mean over seeds with Student's interval, in the metric's own direction.
+        final: mean over seeds with Student's interval, the spread between seeds pooled over arms.
         n_lost: final runs that diverged or were stopped.
         difference: None for the baseline or without common seeds.
         p_difference, p_equivalence: Holm-adjusted over the group.
@@ -60,7 +60,8 @@ def compare_group(
     basis = _basis(results, keys)
     scores = {key: _final_scores(results, key, basis) for key in keys}
     base = next((key for key in keys if key[0] == baseline), None)
-    rows = {key: _alone(results, key, basis, scores[key]) for key in keys}
+    finals = _final_intervals(scores, unit)
+    rows = {key: _alone(results, key, basis, scores[key], finals[key]) for key in keys}
     if base is None:
         return rows
     rows[base] = dataclasses.replace(rows[base], verdict="baseline" if scores[base] else "")
@@ -141,12 +142,27 @@ def _leave_one_seed_out(results: StudyResults, key: Key) -> Scores:
     return out
 
 
-def _alone(results: StudyResults, key: Key, basis: Basis, scores: Scores) -> Comparison:
+def _final_intervals(scores: dict[Key, Scores], unit: Unit) -> dict[Key, Interval]:
+    """Return mean and interval of every arm's scores; a share of one stays between 0 and 1."""
+    values = [np.array([mean for mean, _ in own.values()]) for own in scores.values()]
+    found = pooled_t_intervals(values)
+    if unit.percent:
+        found = [
+            dataclasses.replace(
+                i, low=float(np.maximum(i.low, 0)), high=float(np.minimum(i.high, 1))
+            )
+            for i in found
+        ]
+    return dict(zip(scores, found, strict=True))
+
+
+def _alone(
+    results: StudyResults, key: Key, basis: Basis, scores: Scores, final: Interval
+) -> Comparison:
     lost = 0
     if basis == "test":
         lost = sum(r.test is None for r in _confirmed(results, key))
-    values = np.array([mean for mean, _ in scores.values()])
-    return Comparison(basis, t_interval(values), tuple(sorted(scores)), lost)
+    return Comparison(basis, final, tuple(sorted(scores)), lost)
 
 
 def _seed_spread(scores: dict[Key, Scores], base: Key) -> dict[Key, tuple[float, float]]:

@@ -12,6 +12,7 @@ from loralab.study.statistics.compare import seeds_needed as seeds_needed
 from loralab.study.statistics.compare import verdict as verdict
 from loralab.study.statistics.intervals import Interval as Interval
 from loralab.study.statistics.intervals import bootstrap_interval as bootstrap_interval
+from loralab.study.statistics.intervals import pooled_t_intervals as pooled_t_intervals
 from loralab.study.statistics.intervals import spearman as spearman
 from loralab.study.statistics.intervals import t_interval as t_interval
 from loralab.study.statistics.peak import Peak as Peak
