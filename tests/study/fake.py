@@ -106,12 +106,15 @@ def load_model(ref):
     return nn.Linear(2, 2), None
 
 
-BACKEND = Backend(
-    load_model=load_model,
-    load_task=lambda ref, tokenizer, model: FakeTask(),
-    train_pack=train_pack,
-    curvature=lambda model, task, trials, way: [{"label": x, "way": way} for x in trials],
-)
+def load_task(ref, tokenizer, model):
+    return FakeTask()
+
+
+def curvature(model, task, trials, way):
+    return [{"label": label, "way": way} for label in trials]
+
+
+BACKEND = Backend(load_model, load_task, train_pack, curvature)
 
 
 def table(results):
