@@ -28,7 +28,7 @@ def adapt(
     loss: Loss = model_loss,
     seed: int = 0,
     dropout: float = 0.0,
-    modules_to_train: Sequence[str] = (),
+    modules_to_train: str | Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     **swaps_and_settings: Any,
@@ -50,7 +50,7 @@ def adapt(
         loss: `loss(model, batch)` as a scalar; by default `model(**batch).loss`.
         seed: decides every random draw, per site, whatever the order of layers.
         dropout: probability on the input of the low-rank branch, in [0, 1).
-        modules_to_train: modules trained whole beside the adapter, such as a new head.
+        modules_to_train: names of modules trained whole beside the adapter, such as a new head.
         rank_pattern, alpha_pattern: other values for layers whose name a suffix or a regular
             expression fits.
         swaps_and_settings: pieces taken from elsewhere (`init="pissa"`, `rule="lora_plus"`,
@@ -67,6 +67,8 @@ def adapt(
         >>> sum(p.numel() for p in adapter.parameters())
         32
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"adapt takes an nn.Module, not a {type(model).__name__}")
     if isinstance(method, Recipe):
         if swaps_and_settings:
             raise UserError("swaps and settings go into the Recipe itself when method is a Recipe")
@@ -80,11 +82,11 @@ def adapt(
         rank=rank,
         alpha=alpha,
         seed=seed,
-        targets=targets if isinstance(targets, str) else tuple(targets),
+        targets=targets if isinstance(targets, str) else _names("targets", targets),
         dropout=dropout,
-        modules_to_train=tuple(modules_to_train),
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
+        modules_to_train=_names("modules_to_train", modules_to_train),
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
     )
 
     def gradients(_: SlotSpec, names: list[str]) -> dict[str, Tensor]:
@@ -92,6 +94,15 @@ def adapt(
 
     pack = Pack(model, [spec], gradients if data is not None else None)
     return Adapter(pack, name)
+
+
+def _names(what: str, names: Any) -> tuple[str, ...]:
+    """Return a sequence of names, or a single one, as a tuple."""
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, Iterable):
+        raise UserError(f"{what} are names of layers, unlike {names!r}")
+    return tuple(names)
 
 
 class Adapter:
@@ -146,9 +157,15 @@ class Adapter:
 
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
-        """Run the base inside; outside everything is as before."""
-        with self.pack.disable():
-            yield
+        """Run the base inside; outside everything is as before, merged if it was."""
+        merged = self._merged is not None
+        self.unmerge()
+        try:
+            with self.pack.disable():
+                yield
+        finally:
+            if merged:
+                self.merge()
 
     def merge(self) -> nn.Module:
         """Return the model as a plain one whose weights contain the update.
@@ -157,9 +174,12 @@ class Adapter:
         kept aside for `unmerge`. Merging twice changes nothing.
 
         Raises:
-            UserError: the method's update depends on the input and has no dense form.
+            UserError: the method's update depends on the input and has no dense form, or the
+                adapter has been removed.
         """
         if self._merged is None:
+            if not self.pack.attached:
+                raise UserError("the adapter was removed from its model; load or adapt it anew")
             for _, bank in self.pack.banks():
                 if not mergeable(bank.form):
                     raise UserError(

@@ -170,7 +170,7 @@ class Bank(nn.Module):
         """Return the adapted output [rows, out], the base layer included, for equal row counts."""
         B, A = self.factors()
         g = self.gain(weight) if self.gains else None
-        x3 = x.view(self.size, -1, x.shape[-1])
+        x3 = x.view(self.size, len(x) // self.size, x.shape[-1])
         y = FusedLowRank.apply(x3, weight, bias, A.to(x.dtype), B.to(x.dtype), g)
         return y.flatten(0, 1)
 

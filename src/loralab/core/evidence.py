@@ -14,6 +14,11 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return `model(**batch).loss`, the Hugging Face convention."""
+    if not isinstance(batch, Mapping | tuple | list):
+        raise UserError(
+            f"a data batch is a mapping or a tuple of the model's inputs, not a "
+            f"{type(batch).__name__}; pass loss= to read other batches"
+        )
     out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     loss = getattr(out, "loss", None)
     if loss is None:
@@ -42,7 +47,13 @@ def weight_gradients(
             w.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                grads = torch.autograd.grad(loss(model, batch), weights)
+                grads = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
+            # A layer that the loss does not reach has no gradient to start from.
+            if idle := [name for name, g in zip(names, grads, strict=True) if g is None]:
+                raise UserError(
+                    f"layer {idle[0]!r} plays no part in the loss, so a start that looks at its "
+                    "gradient cannot adapt it; leave it out of targets"
+                )
             totals = [
                 wide(g) if t is None else t + wide(g) for t, g in zip(totals, grads, strict=True)
             ]

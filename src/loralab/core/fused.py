@@ -29,7 +29,7 @@ class FusedLowRank(torch.autograd.Function):
         """Return y [K, n, out]; g is [K, out] or None."""
         h = torch.bmm(x, A.mT)
         y = F.linear(x.flatten(0, 1), weight, bias)
-        y = y.view(*x.shape[:2], -1).baddbmm_(h, B.mT)
+        y = y.view(*x.shape[:2], y.shape[-1]).baddbmm_(h, B.mT)
         if g is not None:
             y = y.mul_(g.unsqueeze(-2)) if y.dtype == g.dtype else (y * g.unsqueeze(-2)).to(y.dtype)
             if bias is not None:  # g (z - b) + b with z the biased sum: exact where g = 1

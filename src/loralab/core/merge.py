@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from loralab.core.layers import stored, weight_of
-from loralab.core.pack import Pack
+from loralab.core.pack import Pack, check_free
 
 
 class Merged:
@@ -29,7 +29,12 @@ class Merged:
                 config.tie_word_embeddings = False  # type: ignore[union-attr]
 
     def undo(self) -> None:
-        """Put the parameters set aside back and attach the pack again."""
+        """Put the parameters set aside back and attach the pack again.
+
+        Raises:
+            UserError: the merged model carries another adapter by now.
+        """
+        check_free(self.pack.model)
         for module, name, old in self._aside:
             module._parameters[name] = old
         if self._config is not None:

@@ -44,8 +44,7 @@ class Pack(nn.Module):
         super().__init__()
         if not slots:
             raise UserError("a pack needs at least one slot")
-        if any(hasattr(m, "loralab") for m in model.modules()):
-            raise UserError("the model already carries an adapter; merge or remove it first")
+        check_free(model)
         self.slots = list(slots)
         self.layout = Layout([s.seed for s in slots])
         self._model = [model]  # in a list: the model is not a child of its own adapter
@@ -59,6 +58,11 @@ class Pack(nn.Module):
         ]
         self._registered = nn.ModuleList([*self.sites, *self.whole])
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._encoders = [
+            m
+            for m in model.modules()
+            if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)
+        ]
         self.attached = False
         self.attach()
 
@@ -133,12 +137,15 @@ class Pack(nn.Module):
         """Make the model run through the pack; freeze its own parameters."""
         if self.attached:
             return
+        check_free(self.model)
         for p in self.model.parameters():
             p.requires_grad_(False)
-        for name, site in zip(self.names, self.sites, strict=True):
-            attach(self.model.get_submodule(name), site)
-        for name, whole in zip(self.whole_names, self.whole, strict=True):
-            attach(self.model.get_submodule(name), whole)
+        names, adapters = [*self.names, *self.whole_names], [*self.sites, *self.whole]
+        for name, adapter in zip(names, adapters, strict=True):
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            attach(self.model.get_submodule(name), adapter, parent)
+        for encoder in self._encoders:  # nested tensors have no rows to share among slots
+            encoder.use_nested_tensor = False  # type: ignore[assignment]
         self.attached = True
 
     def close(self) -> None:
@@ -149,6 +156,8 @@ class Pack(nn.Module):
             detach(self.model.get_submodule(name))
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._flags[name])
+        for encoder in self._encoders:
+            encoder.use_nested_tensor = True  # type: ignore[assignment]
         self.attached = False
 
     def keep(self, slots: Sequence[int]) -> None:
@@ -190,7 +199,14 @@ class Pack(nn.Module):
         banks: dict[str, list[tuple[int, Bank]]] = {}
         for lo, hi in stretches(self.slots):
             spec = self.slots[lo]
-            names = [n for n in spec.names(self.model) if n not in whole]
+            names = spec.names(self.model)
+            for name in set(names) & set(whole):
+                if others := sorted(set(range(lo, hi)) - set(whole[name])):
+                    raise UserError(
+                        f"slot {others[0]} adapts layer {name!r}, which slot {whole[name][0]} of "
+                        "the same pack trains whole; put them into different packs"
+                    )
+            names = [n for n in names if n not in whole]
             for other in self.slots[lo + 1 : hi]:
                 check_patterns(other.alpha_pattern, names, "alpha_pattern")
             shared = starts.shared(names, lo, hi)
@@ -202,3 +218,9 @@ class Pack(nn.Module):
                 bank = Bank(spec.recipe, site, tensors, scale, spec.dropout)
                 banks.setdefault(name, []).append((lo, bank))
         return banks
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise UserError when the model carries an adapter already."""
+    if any(hasattr(m, "loralab") for m in model.modules()):
+        raise UserError("the model already carries an adapter; merge or remove it first")

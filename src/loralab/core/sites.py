@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from loralab.core.bank import Bank
-from loralab.core.layers import is_plain, weight_of
+from loralab.core.layers import is_plain, weight_of, wide
 from loralab.core.layout import Layout
+from loralab.errors import UserError
 from loralab.seeds import generator
 
 _classes: dict[type, type] = {}
@@ -23,7 +24,7 @@ class Adapted:
         return self.loralab(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
-def attach(module: nn.Module, adapter: nn.Module) -> None:
+def attach(module: nn.Module, adapter: nn.Module, parent: nn.Module | None = None) -> None:
     """Make `module` run through `adapter`. The class changes; weights and names stay."""
     cls = type(module)
     if cls not in _classes:
@@ -32,10 +33,21 @@ def attach(module: nn.Module, adapter: nn.Module) -> None:
     # A new module is in training mode; with dropout an adapted model in evaluation mode would not
     # be deterministic.
     module.add_module("loralab", adapter.train(module.training))
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # In evaluation mode it reads its children's weights without calling them, unless one of
+        # them has a hook.
+        module.register_forward_pre_hook(_must_be_called)
+
+
+def _must_be_called(module: nn.Module, args: Any) -> None:
+    """Change nothing."""
 
 
 def detach(module: nn.Module) -> None:
     """Give the module its own class back."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _must_be_called:
+            del module._forward_pre_hooks[key]
     module.__class__ = type(module).__mro__[2]
     del module._modules["loralab"]
 
@@ -59,14 +71,15 @@ class LinearSite(nn.Module):
         self.banks = [bank for _, bank in banks]
         self._registered = nn.ModuleList(self.banks)  # a plain list is typed, this one is seen
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the layer's output, [..., out], for x [rows, ..., in], slot-major."""
+        (x,) = (*args, *kwargs.values())
         if self.layout.disabled:
             return base_forward(module, x)
         if self._fusible(module, x):
             bias: Tensor | None = module.bias  # type: ignore[assignment]
             y = self.banks[0].fused(x.reshape(-1, x.shape[-1]), weight_of(module), bias)
-            return y.view(*x.shape[:-1], -1)
+            return y.view(*x.shape[:-1], y.shape[-1])
         y = base_forward(module, x)
         x2, y2 = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         x2 = self.layout.cast(x2, y2.dtype)
@@ -117,14 +130,18 @@ class LinearSite(nn.Module):
 
 
 class TrainedSite(nn.Module):
-    """A module trained whole, one copy per slot (`modules_to_train`): heads, norms, embeddings."""
+    """A module trained whole, one copy per slot (`modules_to_train`): heads, norms, embeddings.
+
+    The copies are in fp32 (fp64 for an fp64 base), where small steps add up, and are cast to the
+    module's own dtype for its forward pass.
+    """
 
     def __init__(self, module: nn.Module, layout: Layout, slots: Sequence[int]) -> None:
         super().__init__()
         self.layout, self.slots = layout, list(slots)
         self.names = [n for n, _ in module.named_parameters(recurse=False)]
         for name, value in module.named_parameters(recurse=False):
-            copies = torch.stack([value.detach()] * len(self.slots)).clone()
+            copies = torch.stack([wide(value.detach())] * len(self.slots)).clone()
             self.register_parameter(name, nn.Parameter(copies))
 
     @property
@@ -136,17 +153,28 @@ class TrainedSite(nn.Module):
         """Return the copies by parameter name, [K, ...]."""
         return {n: getattr(self, n) for n in self.names}
 
-    def forward(self, module: nn.Module, *args: Any) -> Any:
-        """Run each slot's rows through its own copy."""
-        (x,) = args
-        layout, own = self.layout, self.tensors()
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run each slot's rows through its own copy.
+
+        Raises:
+            UserError: a pack of several slots, and a module that takes more than one tensor.
+        """
+        layout = self.layout
         if layout.disabled:
-            return base_forward(module, x)
+            return base_forward(module, *args, **kwargs)
+        own = {n: v.to(getattr(module, n).dtype) for n, v in self.tensors().items()}
+        if layout.size == 1:
+            return self._call(module, {n: v[0] for n, v in own.items()}, *args, **kwargs)
+        inputs = [*args, *kwargs.values()]
+        if len(inputs) != 1:
+            raise UserError(
+                f"a {type(module).__mro__[2].__name__} takes {len(inputs)} inputs and cannot be "
+                "trained whole by several slots at once; name the layers inside it instead"
+            )
+        (x,) = inputs
         counts = layout.rows_of(x.shape[0])
         if len(set(counts)) == 1 and len(counts) == self.size:
             xs = x.unflatten(0, (self.size, -1))
-            if self.size == 1:
-                return self._call(module, {n: v[0] for n, v in own.items()}, xs[0])
             run = vmap(lambda t, rows: self._call(module, t, rows), randomness="different")
             return run(own, xs).flatten(0, 1)
         parts = []
@@ -159,9 +187,10 @@ class TrainedSite(nn.Module):
         return torch.cat(parts)
 
     @staticmethod
-    def _call(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def _call(module: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         bare = _Bare(module)
-        return functional_call(bare, {f"module.{n}": v for n, v in tensors.items()}, (x,))
+        named = {f"module.{n}": v for n, v in tensors.items()}
+        return functional_call(bare, named, args, kwargs)
 
 
 class _Bare(nn.Module):
@@ -171,5 +200,5 @@ class _Bare(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return base_forward(self.module, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return base_forward(self.module, *args, **kwargs)

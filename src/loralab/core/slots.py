@@ -1,12 +1,21 @@
 """What each slot of a pack is, and which layers of a model that means."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from torch import nn
 
 from loralab.core.layers import weight_of
-from loralab.core.targets import by_pattern, check_patterns, matches_suffix, resolve_targets
+from loralab.core.targets import (
+    by_pattern,
+    check_patterns,
+    matches_suffix,
+    resolve_targets,
+    silent_names,
+)
 from loralab.errors import UserError, near_misses
 from loralab.recipe import Recipe
 
@@ -32,10 +41,23 @@ class SlotSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"rank must be at least 1, not {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must lie in [0, 1), not {self.dropout}")
+        for what, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
+                raise UserError(f"{what}_pattern maps names to {what}s, unlike {pattern!r}")
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if not isinstance(rank, Integral) or isinstance(rank, bool):
+                raise UserError(f"rank must be a whole number, not {rank!r}")
+            if rank < 1:
+                raise UserError(f"rank must be at least 1, not {rank}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
+                raise UserError(f"alpha must be a finite number, not {alpha!r}")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise UserError(f"dropout must lie in [0, 1), not {self.dropout!r}")
+        for what in ("targets", "modules_to_train"):
+            names = getattr(self, what)
+            if not isinstance(names, str) and not all(isinstance(n, str) for n in names):
+                raise UserError(f"{what} are names of layers, unlike {names!r}")
 
     def rank_at(self, name: str) -> int:
         """Return the rank at a site."""
@@ -88,6 +110,7 @@ def whole_modules(model: nn.Module, slots: Sequence[SlotSpec]) -> dict[str, list
     """
     order = {n: i for i, (n, _) in enumerate(model.named_modules()) if n}
     found: dict[str, list[int]] = {}
+    silent = silent_names(model)
     for k, spec in enumerate(slots):
         for wanted in spec.modules_to_train:
             names = [n for n in order if matches_suffix(n, wanted)]
@@ -95,6 +118,11 @@ def whole_modules(model: nn.Module, slots: Sequence[SlotSpec]) -> dict[str, list
                 hint = near_misses(wanted, [n.rsplit(".", 1)[-1] for n in order])
                 raise UserError(f"modules_to_train entry {wanted!r} is no module{hint}")
             for name in names:
+                if name in silent:
+                    raise UserError(
+                        f"modules_to_train entry {wanted!r} means {name!r}, whose weights its "
+                        "attention reads without calling it; train the whole attention instead"
+                    )
                 if not list(model.get_submodule(name).parameters(recurse=False)):
                     raise UserError(
                         f"modules_to_train entry {wanted!r} has no parameters of its own; "
@@ -102,3 +130,7 @@ def whole_modules(model: nn.Module, slots: Sequence[SlotSpec]) -> dict[str, list
                     )
                 found.setdefault(name, []).append(k)
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

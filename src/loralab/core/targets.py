@@ -35,14 +35,19 @@ def linear_names(model: nn.Module) -> list[str]:
     Projections inside `nn.MultiheadAttention` are left out: it reads their weights without
     calling them, so an adapter there would have no effect.
     """
-    silent = {
+    silent = silent_names(model)
+    return [n for n, m in model.named_modules() if is_linear(m) and n not in silent]
+
+
+def silent_names(model: nn.Module) -> set[str]:
+    """Return the names of modules whose parameters others read without calling them."""
+    return {
         f"{name}.{child}" if name else child
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)
         for child, _ in module.named_modules()
         if child
     }
-    return [n for n, m in model.named_modules() if is_linear(m) and n not in silent]
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

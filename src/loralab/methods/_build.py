@@ -35,7 +35,7 @@ def build(name: str, **swaps_and_settings: Any) -> Recipe:
     for word, value in settings.items():
         kind, field = _owner(name, pieces, word)
         pieces[kind] = dataclasses.replace(
-            pieces[kind], **{field.name: _fit(name, word, value, getattr(pieces[kind], field.name))}
+            pieces[kind], **{field.name: _fit(name, word, value, pieces[kind], field)}
         )
     return check(Recipe(**pieces))
 
@@ -106,9 +106,11 @@ def _owner(name: str, pieces: dict[str, Any], word: str) -> tuple[str, Any]:
     return found[0][0], fields[found[0]]
 
 
-def _fit(name: str, word: str, value: Any, present: Any) -> Any:
-    """Return `value` in the type of the present value; None stands for "not set" and fits."""
-    if present is None or value is None or type(value) is type(present):
+def _fit(name: str, word: str, value: Any, piece: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return `value` in the type of the present value; None only where the field allows it."""
+    present = getattr(piece, field.name)
+    optional = present is None or "None" in str(field.type)
+    if present is None or (value is None and optional) or type(value) is type(present):
         return value
     if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -52,6 +52,8 @@ def get(name: str) -> Method:
         UserError: no such method; the message lists near misses.
     """
     _walk()
+    if not isinstance(name, str):
+        raise UserError(f"a method is called by name, not by {name!r}")
     if key(name) not in _NAMES:
         hint = near_misses(key(name), _NAMES) or "; `loralab methods` lists them all"
         raise UserError(f"unknown method {name!r}{hint}")

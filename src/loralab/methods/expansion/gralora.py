@@ -30,6 +30,12 @@ class GraLoRA(Form):
     k: int = 2
     hybrid_rank: int = 0
 
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.hybrid_rank < 0:
+            raise UserError(
+                f"GraLoRA needs k >= 1 and hybrid_rank >= 0, not {self.k} and {self.hybrid_rank}"
+            )
+
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [k, in/k, g] and B [k, g, out/k] with g = r - hybrid_rank (PEFT's layout).
 

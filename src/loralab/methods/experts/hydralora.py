@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
@@ -24,6 +25,10 @@ class HydraLoRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
 
     n_heads: int = 3
+
+    def __post_init__(self) -> None:
+        if self.n_heads < 1:
+            raise UserError(f"HydraLoRA needs at least one head, not {self.n_heads}")
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in], B [N, out, r] = 0 and the router W_g [N, in]."""

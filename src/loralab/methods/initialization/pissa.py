@@ -16,7 +16,13 @@ from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
 
 
 def split_triplets(U: Tensor, S: Tensor, Vh: Tensor, scale: float) -> Tensors:
-    """Return B = U √(S/s), A = √(S/s) Vᵀ, so that s B A = U S Vᵀ whatever s."""
+    """Return B = U √(S/s), A = √(S/s) Vᵀ, so that s B A = U S Vᵀ for every s > 0.
+
+    Raises:
+        UserError: s is not positive.
+    """
+    if not scale > 0:
+        raise UserError(f"singular triplets are split with a positive alpha; the scale is {scale}")
     root = (S / scale).sqrt()
     return {"A": root[:, None] * Vh, "B": U * root}
 

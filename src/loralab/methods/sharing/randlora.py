@@ -7,6 +7,7 @@ of the layer's smaller side) are trained. Where the outputs are the smaller side
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from loralab.methods import register
@@ -44,8 +45,11 @@ class RandLoRA(Form):
     def _bases(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """Return all bases at once: B [*, large, n r], Λ [*, n r], A Γ_i [*, n r, small]."""
         small, large = sorted((site.d_in, site.d_out))
-        B = t["B"][..., :large, : t["Lambda"].shape[-2] * site.rank]
-        AG = t["A"][..., None, :, :small] * t["Gamma"].unsqueeze(-2)
+        B, width = t["B"][..., :large, :], t["Lambda"].shape[-2] * site.rank
+        if width > B.shape[-1]:  # a rank_pattern of ranks that do not divide: begin again
+            B = torch.cat([B, B[..., : width - B.shape[-1]]], -1)
+        B = B[..., :width]
+        AG = t["A"][..., None, : site.rank, :small] * t["Gamma"].unsqueeze(-2)
         return B, t["Lambda"].flatten(-2), AG.flatten(-3, -2)
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
