@@ -153,12 +153,18 @@ def test_a_dead_parent_leaves_no_worker_and_the_table_is_the_same(tmp_path, last
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.study.test_workers", str(tmp_path / "study.toml"), out]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
     )
     pids = [int(child.stdout.readline()) for _ in range(2)]
     child.stdout.readline()  # a step has been made
-    child.send_signal(last)
+    os.killpg(child.pid, last) if last == signal.SIGINT else child.kill()
     child.stdout.close()
+    assert child.stderr.read().count("Traceback") == (last == signal.SIGINT)  # the parent's own
     child.wait()
     deadline = time.monotonic() + 20
     while any(map(alive, pids)) and time.monotonic() < deadline:

@@ -190,7 +190,7 @@ class Workers:
         process = self.context.Process(
             target=_work, args=(theirs, self.order, device), name=f"worker {number}", daemon=True
         )
-        with _no_main():
+        with _no_main(), _no_interrupt():
             process.start()
         theirs.close()  # so that our end closes when the worker dies
         worker = _Worker(process, ours)
@@ -237,6 +237,19 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Let new processes start deaf to Ctrl-C; the parent hears it after."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -266,7 +279,7 @@ class _Line:
 def _work(pipe: Connection, order: Order, device: str) -> None:
     """Load the bench, then do jobs until the pipe closes."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # stdout is for the command's answer
     line = _Line(pipe)
     warnings.showwarning = line.warn  # type: ignore[assignment]
