@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from loralab.core.fused import FusedLowRank
+from loralab.core.fused import AddLowRank, FusedLowRank
 from loralab.core.layers import wide
 from loralab.core.scaling import ScaleRows
 from loralab.core.stopgrad import holds
@@ -63,6 +63,7 @@ class Bank(nn.Module):
                 start = getattr(self, name).detach().clone()
                 self.register_buffer(name + START, start, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self._unscaled = bool((scale == 1).all())  # alpha = r, the default of most methods
         self._base_squares: Tensor | None = None  # |W_i|^2 [out], which never changes
         # Factors folded by restarts; they grow with each one.
         self.register_buffer("past_B", None, persistent=False)
@@ -86,7 +87,7 @@ class Bank(nn.Module):
     def factors(self, lo: int = 0, hi: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (B, A) with dW = B A, s included, the anchor and restarts taken in."""
         B, A = self.unscaled_factors(lo, hi)
-        return B * self.scale[lo:hi, None, None], A
+        return B if self._unscaled else B * self.scale[lo:hi, None, None], A
 
     def unscaled_factors(self, lo: int = 0, hi: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (B, A) with dW = s B A, the anchor and restarts taken in.
@@ -182,7 +183,7 @@ class Bank(nn.Module):
         if self.fusible():
             B, A = self.factors(lo, hi)
             B, A = B.to(dtype), A.to(dtype)
-            z = torch.baddbmm(y3, torch.bmm(x3, A.mT), B.mT)
+            z = AddLowRank.apply(x3, y3, A, B)
         else:
             z = y3 + self._branch(x3, lo, hi)
         if self.gains:
