@@ -3,6 +3,7 @@ PYTHON ?= python3
 JOBS ?= 2
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.stamp
 # One thread per worker: two workers with two threads each are slower than one on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-.PHONY: help venv demo test test-slow check static style types tables tables-check golden links clean
+.PHONY: help venv demo test test-slow check static style types tables tables-check golden links bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -58,6 +59,10 @@ golden: venv ## write the golden record of every method; run it after adding one
 
 links: venv ## fail if a relative link in a Markdown file leads nowhere
 	$(BIN)/python dev/check_links.py
+
+bench: venv ## time, memory and curvature against PEFT and one-by-one runs (BENCH_ARGS=--quick: a smoke test)
+	for part in methods packing curvature; do KINETO_LOG_LEVEL=5 TORCH_CPP_LOG_LEVEL=ERROR OMP_NUM_THREADS=1 \
+	  $(BIN)/python benchmarks/$$part.py $(BENCH_ARGS) || exit 1; done
 
 clean: ## remove .venv, caches and the demo's results
 	rm -rf $(VENV) out/demo .pytest_cache .ruff_cache .mypy_cache dist

@@ -91,6 +91,7 @@ def llama(width: int, layers: int, mlp: int, vocabulary: int = 1024) -> nn.Modul
             num_attention_heads=width // 32,
             num_key_value_heads=width // 32,
             max_position_embeddings=512,
+            use_cache=False,  # as trainers set it; a cache would keep copies of keys and values
         )
     )
 

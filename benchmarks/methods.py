@@ -11,6 +11,7 @@ from typing import Any
 
 import common
 import peft
+import peft.optimizers
 import torch
 from common import Spread, ratio, saved_bytes, spread
 from torch import nn
