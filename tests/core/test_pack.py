@@ -223,6 +223,8 @@ def test_the_optimizer_resumes_from_its_state_and_drives_schedules():
         ({"lr": 0.0}, "learning rate must be positive"),
         ({"lr": 1e-3, "weight_decay": -1.0}, "weight_decay must not be negative"),
         ({"lr": 1e-3}, "pass n_steps="),
+        ({"lr": "1e-3"}, "the learning rate must be a number, not '1e-3'"),
+        ({"lr": 1e-3, "n_steps": 0}, "n_steps counts the planned steps"),
     ],
 )
 def test_wrong_optimizer_requests_get_one_sentence(options, words):
@@ -256,3 +258,19 @@ def test_hugging_face_trainer_trains_it(tmp_path):
     optimizer = adapter.optimizer(lr=2e-2)
     Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
     assert model(ids, labels=ids).loss.item() < before - 0.05
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "words"),
+    [
+        ("lora", {"beta1": 2.0}, r"beta1 of AdamW must lie in \[0, 1\), not 2.0"),
+        ("lora_plus", {"beta2": -0.1}, "beta2 of LoRAPlus"),
+        ("lora_fa", {"eps": 0.0}, "eps of FrozenA must be positive"),
+        ("loft", {"beta1": 1.0}, "beta1 of LoFT"),
+        ("adalora", {"growth": 0.5}, "growth of AdaLoRA must be at least 1"),
+        ("adalora", {"t_final": 0.9}, "leave room between them"),
+    ],
+)
+def test_hyper_parameters_out_of_range_get_one_sentence(method, setting, words):
+    with pytest.raises(UserError, match=words):
+        build(method, **setting)

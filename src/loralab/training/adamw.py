@@ -2,16 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loralab.errors import UserError
 from loralab.recipe import Hyper, Rule, SiteState
 
 
 def per_slot(vector: Tensor, like: Tensor) -> Tensor:
     """Return [K] `vector` shaped [K, 1, ...] to broadcast over `like` [K, ...]."""
     return vector.view(-1, *(1,) * (like.dim() - 1))
+
+
+def check_moments(piece: Any) -> None:
+    """Raise UserError unless the piece's beta1 and beta2 lie in [0, 1) and its eps is positive."""
+    name = type(piece).__name__
+    for field in ("beta1", "beta2"):
+        if not 0 <= getattr(piece, field) < 1:
+            raise UserError(f"{field} of {name} must lie in [0, 1), not {getattr(piece, field)}")
+    if not getattr(piece, "eps", 1.0) > 0:
+        raise UserError(f"eps of {name} must be positive, not {piece.eps}")
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,9 @@ class AdamW(Rule):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_moments(self)
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
         """Apply one AdamW step to every tensor of every site."""

@@ -75,8 +75,10 @@ def slot_spec(trial: Trial) -> SlotSpec:
     from loralab.methods import build
 
     for name in ("lr", "weight_decay", "clip", "dropout", "warmup"):
-        if not getattr(trial, name) >= 0:
-            raise UserError(f"{name} must not be negative, and {getattr(trial, name)} is")
+        if not 0 <= getattr(trial, name) < float("inf"):
+            raise UserError(
+                f"{name} must be a number that is not negative, and {getattr(trial, name)} is not"
+            )
     if trial.lr == 0 or trial.steps < 1 or trial.batch_size < 1:
         raise UserError(
             f"a trial needs lr > 0, steps >= 1 and batch_size >= 1, not lr {trial.lr}, "

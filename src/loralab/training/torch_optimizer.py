@@ -18,10 +18,15 @@ class AdapterOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, pack: Pack, lr: float, weight_decay: float, n_steps: int | None) -> None:
-        if not lr > 0:
+        for what, number in (("the learning rate", lr), ("weight_decay", weight_decay)):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise UserError(f"{what} must be a number, not {number!r}")
+        if not 0 < lr < float("inf"):
             raise UserError(f"the learning rate must be positive, not {lr}")
-        if not weight_decay >= 0:
+        if not 0 <= weight_decay < float("inf"):
             raise UserError(f"weight_decay must not be negative, not {weight_decay}")
+        if n_steps is not None and not (isinstance(n_steps, int) and n_steps >= 1):
+            raise UserError(f"n_steps counts the planned steps, so it is not {n_steps!r}")
         self._inner = PackOptimizer(pack, n_steps)
         self._step = 0
         parameters = list(pack.trainable().values())
@@ -47,7 +52,11 @@ class AdapterOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
+        if "loralab" not in state_dict:
+            raise UserError("this state_dict is not one of a loralab optimizer")
         rest = {k: v for k, v in state_dict.items() if k not in ("loralab", "step")}
         super().load_state_dict(rest)
-        self._inner.load_tensors(dict(state_dict["loralab"]))
+        device = self.param_groups[0]["params"][0].device
+        own = {n: t.detach().clone().to(device) for n, t in state_dict["loralab"].items()}
+        self._inner.load_tensors(own)
         self._step = state_dict["step"]

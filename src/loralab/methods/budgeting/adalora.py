@@ -12,8 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loralab.errors import UserError
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.training.adamw import check_moments
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class AdaSVD(Form):
 
     growth: float = 1.5
     gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.growth >= 1:
+            raise UserError(f"growth of AdaLoRA must be at least 1, not {self.growth}")
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return P [out, b], Lambda [b] = 0 and Q [b, in], b = growth r; P, Q ~ N(0, 0.02²)."""
@@ -74,6 +80,16 @@ class AdaBudget(Schedule):
     t_initial: float = 0.1
     t_final: float = 0.5
     interval: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_moments(self)
+        if not (self.t_initial >= 0 and self.t_final >= 0 and self.t_initial + self.t_final < 1):
+            raise UserError(
+                "t_initial and t_final of AdaLoRA are fractions of the run that leave room between "
+                f"them, not {self.t_initial} and {self.t_final}"
+            )
+        if not self.interval > 0:
+            raise UserError(f"interval of AdaLoRA must be positive, not {self.interval}")
 
     def budget(self, step: int, n_steps: int, first: int, last: int) -> int:
         """Return how many triplets stay after 0-based `step`, from `first` down to `last`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
 from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState, Tensors
-from loralab.training.adamw import adamw_step, per_slot
+from loralab.training.adamw import adamw_step, check_moments, per_slot
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class LoFT(Rule):
     damping_b: float = 1e-6
     alternate: bool = True
     as_coded: bool = False
+
+    def __post_init__(self) -> None:
+        check_moments(self)
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
         others = [part for site in sites if (part := _without_pair(site)).t]

@@ -10,7 +10,7 @@ from typing import ClassVar
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
 from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
-from loralab.training.adamw import adamw_step
+from loralab.training.adamw import adamw_step, check_moments
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class FrozenA(Rule):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_moments(self)
 
     def trains(self, name: str) -> bool:
         return name != "A"

@@ -11,7 +11,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
 from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
-from loralab.training.adamw import adamw_step
+from loralab.training.adamw import adamw_step, check_moments
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class LoRAPlus(Rule):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_moments(self)
         if not self.ratio > 0:
             raise UserError(f"ratio of LoRA+ must be positive, not {self.ratio!r}")
 
