@@ -170,6 +170,9 @@ class Bank(nn.Module):
     def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the adapted output [rows, out], the base layer included, for equal row counts."""
         B, A = self.factors()
+        if torch.is_grad_enabled() and not A.requires_grad:  # then x need not be kept
+            base = nn.functional.linear(x, weight, bias)
+            return self._run(x, base, weight, bias, 0, self.size)
         g = self.gain(weight) if self.gains else None
         x3 = x.view(self.size, len(x) // self.size, x.shape[-1])
         y = FusedLowRank.apply(x3, weight, bias, A.to(x.dtype), B.to(x.dtype), g)
@@ -183,7 +186,10 @@ class Bank(nn.Module):
         if self.fusible():
             B, A = self.factors(lo, hi)
             B, A = B.to(dtype), A.to(dtype)
-            z = AddLowRank.apply(x3, y3, A, B)
+            if A.requires_grad:
+                z = AddLowRank.apply(x3, y3, A, B)
+            else:  # autograd keeps h = x A^T here and not x
+                z = torch.baddbmm(y3, torch.bmm(A, x3.mT).mT, B.mT)
         else:
             z = y3 + self._branch(x3, lo, hi)
         if self.gains:
