@@ -100,9 +100,9 @@ converged to 1 %. Starts, gradients and the eigenvalue problems are inside the t
 
 def main() -> None:
     only = {"nargs": "*", "default": list(METHODS), "choices": METHODS}
-    args = common.arguments(__doc__, only=only)
+    args = common.arguments(__doc__, brief={"action": "store_true"}, only=only)
     before = common.record()
-    n_items, repeats = (4, 1) if args.quick else (16, 3)
+    n_items, repeats = (4, 1) if args.quick else (16, 1 if args.brief else 3)
     model, tokenizer = load_model("tiny")
     task = load_task("synthetic", tokenizer, model)
     torch.manual_seed(0)

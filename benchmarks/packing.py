@@ -180,24 +180,26 @@ def factors(figures: dict[str, Any], k: int) -> list[dict[str, str]]:
 def main() -> None:
     flag, parts = {"action": "store_true"}, ("steps", "stop", "start")
     only = {"nargs": "*", "choices": parts, "default": list(parts)}
-    args = common.arguments(__doc__, no_compile=flag, only=only)
+    args = common.arguments(__doc__, no_compile=flag, brief=flag, only=only)
     before, compiled, k = common.record(), not args.no_compile, 16
     figures: dict[str, Any] = {}
     sections: dict[str, str] = {}
     if "steps" in args.only:
-        repeats = 3 if args.quick else 15
+        repeats = 3 if args.quick else 5 if args.brief else 15
         figures["steps"] = {n: steps(*b, compiled, repeats) for n, b in bases().items()}
         for name, found in figures["steps"].items():
             sections[f"Step time, LoRA r = 8, {name}"] = common.table(step_rows(found))
     if "start" in args.only:
-        figures["processes"] = processes(compiled, k, args.threads, 1 if args.quick else 5)
+        figures["processes"] = processes(
+            compiled, k, args.threads, 1 if args.quick else 2 if args.brief else 5
+        )
         title = f"Whole processes on the tiny base, {STEPS} steps"
         sections[title] = common.table(process_rows(figures["processes"], k))
     if "stop" in args.only:
-        figures["stopping"] = stopping.measure(args.quick)
+        figures["stopping"] = stopping.measure(args.quick, args.brief)
         agrees = figures["stopping"]["replay agrees on"]
         text = f"\n\nA real run under the default rule stopped the same trials in {agrees:.0%}."
-        sections["Early stopping, replayed on the demo's grid"] = (
+        sections[f"Early stopping, replayed on the {'quick ' * args.brief}demo's grid"] = (
             common.table(stopping.rows(figures["stopping"])) + text
         )
     if len(figures) == len(parts):

@@ -29,9 +29,9 @@ RULES = {
 Curves = list[dict[str, Any]]
 
 
-def demo_trials(quick: bool) -> list[Planned]:
-    """Return the demo's grid; the full one with three seeds, so that there are more optima."""
-    name = "demo_quick.toml" if quick else "demo.toml"
+def demo_trials(quick: bool, brief: bool) -> list[Planned]:
+    """Return the demo's grid, with three seeds unless `quick`, so that there are more optima."""
+    name = "demo_quick.toml" if quick or brief else "demo.toml"
     text = (files("loralab") / "data" / name).read_text(encoding="utf-8")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "study.toml"
@@ -115,9 +115,9 @@ def judge(curves: Curves, left: dict[int, int]) -> dict[str, Any]:
     }
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, brief: bool) -> dict[str, Any]:
     """Return curves, the judgement of every rule, and one real run under the default rule."""
-    planned = demo_trials(quick)
+    planned = demo_trials(quick, brief)
     curves, full = record_curves(planned)
     judged = {name: judge(curves, replay(curves, rule)) for name, rule in RULES.items()}
     stopped, short = record_curves(planned, EarlyStop())
