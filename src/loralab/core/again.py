@@ -1,6 +1,6 @@
 """Hooks of a Form that backward runs again, so that their intermediates are never kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from loralab.recipe import Site, Tensors
 
 Hook = Callable[[Tensors, Tensor, Site], Tensor]
+Run = Callable[[list[Tensor]], Tensor]
 
 
 def again(hook: Hook, t: Tensors, x: Tensor, site: Site) -> Tensor:
@@ -34,18 +35,36 @@ class RunAgain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the tensors."""
-        needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        twice = torch.is_grad_enabled()
-        with torch.enable_grad():
-            inputs = [v if twice else v.detach() for v in ctx.saved_tensors]
-            for i in needed:
-                if not twice:
-                    inputs[i].requires_grad_(True)
-            y = ctx.run(inputs)
-        wanted = [inputs[i] for i in needed] if y.requires_grad else []
+        _, pull = rerun(ctx.run, ctx.saved_tensors, ctx.needs_input_grad[1:])
+        return None, *pull(lambda: dy)
+
+
+def rerun(
+    run: Run, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, Callable[[Callable[[], Tensor]], list[Tensor | None]]]:
+    """Run a function again inside a backward pass.
+
+    Returns:
+        Its result, and a function from the result's gradient (asked for only if there is somebody
+        to take it) to the gradients of the saved tensors, None for those that need none.
+    """
+    needed = [i for i, need in enumerate(needs) if need]
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [v if twice else v.detach() for v in saved]
+        for i in needed:
+            if not twice:
+                inputs[i].requires_grad_(True)
+        y = run(inputs)
+
+    def pull(dy: Callable[[], Tensor]) -> list[Tensor | None]:
         found: list[Tensor | None] = [None] * len(inputs)
+        # A base made of frozen codes depends on none of the trained tensors.
+        wanted = [inputs[i] for i in needed] if y.requires_grad else []
         if wanted:
-            grads = torch.autograd.grad(y, wanted, dy, create_graph=twice, allow_unused=True)
+            grads = torch.autograd.grad(y, wanted, dy(), create_graph=twice, allow_unused=True)
             for i, grad in zip(needed, grads, strict=True):
                 found[i] = grad
-        return None, *found
+        return found
+
+    return y if twice else y.detach(), pull

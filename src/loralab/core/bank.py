@@ -33,13 +33,9 @@ class Bank(Update):
         """
         if len(set(counts)) == 1:
             return self._run(x, y, weight, bias, 0, self.size)
-        parts, row = [], 0
-        for lo, hi in runs(counts):
-            n = sum(counts[lo:hi])
-            rows = slice(row, row + n)
-            parts.append(self._run(x[rows], y[rows], weight, bias, lo, hi))
-            row += n
-        return torch.cat(parts)
+        return torch.cat(
+            [self._run(x[rows], y[rows], weight, bias, lo, hi) for lo, hi, rows in runs(counts)]
+        )
 
     def fusible(self) -> bool:
         """Return whether the update is two factors and nothing else."""
@@ -184,8 +180,11 @@ class Bank(Update):
             x.dtype
         )
 
-    def aux_loss(self, x: Tensor, lo: int, hi: int) -> Tensor:
-        """Return the Form's loss [hi - lo] on the inputs x [rows, in] of these slots."""
+    def aux_loss(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the Form's loss [K] on the inputs x [rows, in], `counts` rows for each slot."""
+        return torch.cat([self._aux_loss(x[rows], lo, hi) for lo, hi, rows in runs(counts)])
+
+    def _aux_loss(self, x: Tensor, lo: int, hi: int) -> Tensor:
         t = _cast(self.seen(lo, hi), x.dtype)
         x = self._shaped(x.view(hi - lo, -1, x.shape[-1]))
         return wide(self._hook("aux_loss", t, x))
@@ -218,10 +217,11 @@ def _is_wide(weight: Weight) -> bool:
     return isinstance(weight, Tensor) and wide(weight) is weight
 
 
-def runs(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (lo, hi) of the longest stretches of equal counts."""
-    lo = 0
+def runs(counts: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
+    """Yield (lo, hi, their rows) of the longest stretches of equal counts."""
+    lo = row = 0
     for hi in range(1, len(counts) + 1):
         if hi == len(counts) or counts[hi] != counts[lo]:
-            yield lo, hi
-            lo = hi
+            n = sum(counts[lo:hi])
+            yield lo, hi, slice(row, row + n)
+            lo, row = hi, row + n

@@ -8,7 +8,7 @@ from loralab.core.coded import CodedLinear, coded
 from loralab.core.layers import is_plain, weight_of, wide
 from loralab.core.pack import check_free
 from loralab.core.quantize import quantize as to_codes
-from loralab.core.targets import output_head, resolve_targets
+from loralab.core.targets import beside_head, resolve_targets
 from loralab.errors import UserError, near_misses
 
 BITS = {"nf4": 4, "int8": 8}
@@ -51,7 +51,10 @@ def quantize(
     check_free(model)
     names = resolve_targets(model, targets)
     if targets == "all-linear":
-        names = _without_head(model, names)
+        # `resolve_targets` keeps the head where there is no other layer.
+        names = beside_head(model, names)
+        if not names:
+            raise UserError("the model has no linear layer beside its head; name it in targets")
     for name in names:
         module = model.get_submodule(name)
         if coded(module) is not None:
@@ -64,16 +67,6 @@ def quantize(
     for name in names:
         _encode(model.get_submodule(name), BITS[code], block)
     return model
-
-
-def _without_head(model: nn.Module, names: list[str]) -> list[str]:
-    """Return the names but the head's, which `resolve_targets` keeps where there is no other."""
-    head = output_head(model)
-    inside = set(head.modules()) if head is not None else set()
-    kept = [n for n in names if model.get_submodule(n) not in inside]
-    if not kept:
-        raise UserError("the model has no linear layer beside its head; name it in targets")
-    return kept
 
 
 def _encode(module: nn.Module, bits: int, block: int) -> None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from loralab.core.bank import Bank
-from loralab.core.context import Context
 from loralab.core.layers import wide
 
 
@@ -33,11 +32,8 @@ def update_rank(bank: Bank, weight: Tensor, slot: int, tolerance: float | None =
 
 def _values(bank: Bank, weight: Tensor, slot: int) -> Tensor:
     """Return the singular values of dW, or as many as its factors can have."""
-    before, bank.context = bank.context, Context(weight if "W" in bank.form.reads else None)
-    try:
+    with bank.reading(weight):
         if bank.kind != "factors":
             return torch.linalg.svdvals(bank.delta(slot, slot + 1)[0].double())
         B, A = (factor[0].double() for factor in bank.factors(slot, slot + 1))
         return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
-    finally:
-        bank.context = before

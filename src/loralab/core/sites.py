@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from loralab.core.bank import Bank, runs
+from loralab.core.bank import Bank
 from loralab.core.context import Context
 from loralab.core.layers import (
     Weight,
@@ -143,7 +143,7 @@ class LinearSite(nn.Module):
         layout, form, slots = self.layout, bank.form, range(lo, lo + bank.size)
         tokens = sum(counts) // max(x.shape[0], 1)
         given = {
-            name: [v for k, v in enumerate(_by_slot(value, counts, tokens, form)) if k in slots]
+            name: list(_by_slot(value, counts, tokens, form)[lo : lo + bank.size])
             for name, value in layout.given.items()
             if name in form.reads
         }
@@ -164,13 +164,9 @@ class LinearSite(nn.Module):
         for first, bank in zip(self.first, self.banks, strict=True):
             if not bank.has_aux_loss:
                 continue
-            parts = []
+            own = counts[first : first + bank.size]
             row = sum(counts[:first])
-            for lo, hi in runs(counts[first : first + bank.size]):
-                n = sum(counts[first + lo : first + hi])
-                parts.append(bank.aux_loss(x[row : row + n], lo, hi))
-                row += n
-            self.layout.aux[self.name, first] = torch.cat(parts)
+            self.layout.aux[self.name, first] = bank.aux_loss(x[row : row + sum(own)], own)
 
     def _fusible(self, module: nn.Module, x: Tensor) -> bool:
         """Return whether one node can do base and update: a plain layer, one bank, equal rows."""

@@ -1,7 +1,7 @@
 """The tensors that slots begin with: seeded per site, computed once where slots agree."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,20 @@ def block_of(name: str) -> str:
     return ".".join(parts[: at + 1])
 
 
+def places(names: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+    """Return (kind, layer, n_layers) of every adapted layer, as `Site` has them."""
+    blocks = {n: block_of(n) for n in names}
+    order = {block: i for i, block in enumerate(dict.fromkeys(blocks.values()))}
+    return {n: (n.rpartition(".")[2], order[b], len(order)) for n, b in blocks.items()}
+
+
 def sites_of(model: nn.Module, names: Sequence[str], spec: SlotSpec) -> dict[str, Site]:
     """Return layers as the pieces see them."""
-    blocks = list(dict.fromkeys(block_of(n) for n in names))
-    found = {}
+    where, found = places(names), {}
     for name in names:
         d_out, d_in = frozen_weight(model.get_submodule(name)).shape
         rank, asked = spec.rank_at(name), spec.asked_at(name)
-        place = (name.rpartition(".")[2], blocks.index(block_of(name)), len(blocks))
-        found[name] = Site(name, d_in, d_out, rank, *place, asked)
+        found[name] = Site(name, d_in, d_out, rank, *where[name], asked)
     return found
 
 

@@ -29,6 +29,13 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def beside_head(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the names of modules that are not part of the output head."""
+    head = output_head(model)
+    inside = set(head.modules()) if head is not None else set()
+    return [n for n in names if model.get_submodule(n) not in inside]
+
+
 def adaptable_names(model: nn.Module) -> list[str]:
     """Return the names of all layers that can be adapted, in module order.
 
@@ -68,10 +75,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
             raise UserError(
                 "the model has no nn.Linear or Conv1D layer to adapt; name others in targets"
             )
-        head = output_head(model)
-        inside = set(head.modules()) if head is not None else set()
-        chosen = [n for n in linear if model.get_submodule(n) not in inside]
-        return chosen or linear
+        return beside_head(model, linear) or linear
     if not candidates:
         raise UserError("the model has no Linear, Conv1D, Conv2d or Embedding layer to adapt")
     if isinstance(targets, str):

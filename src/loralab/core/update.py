@@ -1,5 +1,6 @@
 """The update of several like slots at one site: their tensors, stacked as [K, ...], and dW."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -179,8 +180,7 @@ class Update(nn.Module):
 
     def dense(self, weight: Weight, slot: int) -> Tensor:
         """Return W' [out, in] of one slot in fp32 (fp64 for an fp64 base)."""
-        before, self.context = self.context, Context(weight if "W" in self.form.reads else None)
-        try:
+        with self.reading(weight):
             merged = wide(read(weight))
             if self.frames or self.replaces:
                 merged = self.form.base(self.seen(slot, slot + 1), merged, self.site)[0]
@@ -188,9 +188,16 @@ class Update(nn.Module):
                 merged = merged + self.delta(slot, slot + 1)[0]
             if self.gains:
                 merged = merged * self.gain(weight, slot, slot + 1)[0][:, None]
+        return merged
+
+    @contextlib.contextmanager
+    def reading(self, weight: Weight) -> Iterator[None]:
+        """Let the Form read W inside, without a batch and without draws."""
+        before, self.context = self.context, Context(weight if "W" in self.form.reads else None)
+        try:
+            yield
         finally:
             self.context = before
-        return merged
 
     def penalty(self) -> Tensor | None:
         """Return the Form's training penalty per slot [K], or None."""

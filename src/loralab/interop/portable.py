@@ -13,7 +13,7 @@ from loralab.core.bank import PAST, START, Bank
 from loralab.core.context import Context
 from loralab.core.layers import Weight, frozen_weight, layer_kind
 from loralab.core.pack import Pack, SlotSpec
-from loralab.core.starts import block_of, group_of
+from loralab.core.starts import group_of, places
 from loralab.core.targets import adaptable_names, matches_suffix, resolve_targets
 from loralab.errors import UserError, near_misses
 from loralab.recipe import Evidence, Form, Site, Start, Tensors
@@ -115,8 +115,7 @@ class Portable:
         shared = self.spec.recipe.form.shared
         tensors |= {n: self.shared[shared_key(self.spec, name, n)][None] for n in shared}
         recipe = replace(self.spec.recipe, start=Blank(any(n.endswith(START) for n in own)))
-        blocks = list(dict.fromkeys(block_of(n) for n in self.sites))
-        place = (name.rpartition(".")[2], blocks.index(block_of(name)), len(blocks))
+        place = places(self.sites)[name]
         ranks = (self.spec.rank_at(name), self.spec.asked_at(name))
         site = Site(name, size[1], size[0], ranks[0], *place, ranks[1])
         like = next(iter(tensors.values()))

@@ -20,17 +20,15 @@ from loralab.methods.expansion.lora import plain_pair
 from loralab.recipe import (
     Evidence,
     Form,
-    Hyper,
     Method,
     Paper,
     Recipe,
-    Rule,
     Schedule,
     Site,
     SiteState,
     Tensors,
 )
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.training.adamw import AdamW
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class WeightedParts(Form):
 
 
 @dataclass(frozen=True)
-class TwoLevel(Rule):
+class TwoLevel(AdamW):
     """AdamW; alpha's gradient is of held-out data.
 
     Args:
@@ -63,20 +61,14 @@ class TwoLevel(Rule):
     held_out: ClassVar[frozenset[str]] = frozenset({"alpha"})
 
     ratio: float = 10.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_moments(self)
+        super().__post_init__()
         if not self.ratio > 0:
             raise UserError(f"ratio of AutoLoRA must be positive, not {self.ratio!r}")
 
     def lr_ratio(self, name: str) -> float:
         return self.ratio if name == "alpha" else 1.0
-
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
 
 
 @dataclass(frozen=True)

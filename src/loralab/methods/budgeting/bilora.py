@@ -6,7 +6,7 @@ their sigmoids, pushed to 0 or 1 by their entropy ("binary"). The paper differen
 lower level (Betty); this is the first-order version.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,16 +19,13 @@ from loralab.methods.budgeting.adalora import AdaSVD
 from loralab.recipe import (
     Evidence,
     Form,
-    Hyper,
     Method,
     Paper,
     Recipe,
-    Rule,
     Site,
-    SiteState,
     Tensors,
 )
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.training.adamw import AdamW
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(-1),
@@ -82,21 +79,11 @@ class PseudoSVD(Form):
 
 
 @dataclass(frozen=True)
-class UpperLambda(Rule):
+class UpperLambda(AdamW):
     """AdamW; Lambda's gradient is of held-out data."""
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"Lambda"})
     held_out: ClassVar[frozenset[str]] = frozenset({"Lambda"})
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_moments(self)
-
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
 
 
 register(

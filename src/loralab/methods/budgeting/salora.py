@@ -24,17 +24,15 @@ from loralab.methods.expansion.lora import uniform
 from loralab.recipe import (
     Evidence,
     Form,
-    Hyper,
     Method,
     Paper,
     Recipe,
-    Rule,
     Schedule,
     Site,
     SiteState,
     Tensors,
 )
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.training.adamw import AdamW
 
 # The hard concrete distribution: its stretch and its temperature.
 GAMMA, ZETA, TAU = -0.1, 1.1, 1.0
@@ -99,7 +97,7 @@ class SaLoRA(Form):
 
 
 @dataclass(frozen=True)
-class GateAdamW(Rule):
+class GateAdamW(AdamW):
     """AdamW with a learning rate of its own for the gates, which have far to go.
 
     Args:
@@ -109,18 +107,9 @@ class GateAdamW(Rule):
     singles_out: ClassVar[frozenset[str]] = frozenset({"log_alpha"})
 
     gate_ratio: float = 30.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_moments(self)
 
     def lr_ratio(self, name: str) -> float:
         return self.gate_ratio if name == "log_alpha" else 1.0
-
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,12 @@ from loralab.recipe import (
     Method,
     Paper,
     Recipe,
-    Rule,
     Schedule,
     Site,
     SiteState,
     Tensors,
 )
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.training.adamw import AdamW
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class SoRA(Form):
 
 
 @dataclass(frozen=True)
-class ProximalAdamW(Rule):
+class ProximalAdamW(AdamW):
     """AdamW, then the soft threshold for the gates, which have no weight decay.
 
     Args:
@@ -67,19 +66,16 @@ class ProximalAdamW(Rule):
 
     xi: float = 3e-4
     times_lr: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_moments(self)
+        super().__post_init__()
         if not self.xi >= 0:
             raise UserError(f"xi of SoRA must not be negative, but it is {self.xi}")
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
         """Step every tensor, then take ξ from the gates of the slots that move."""
         undecayed = [s.t["gate"] * (hyper.lr * hyper.weight_decay)[:, None] for s in sites]
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
+        super().step(sites, hyper)
         xi = self.xi * (hyper.lr if self.times_lr else (hyper.lr > 0).to(hyper.lr))
         for site, back in zip(sites, undecayed, strict=True):
             gate = site.t["gate"]

@@ -3,35 +3,26 @@
 dW = s B A0 then lives in the row space of A0, and the backward pass needs x A0ᵀ instead of x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.recipe import Method, Paper, Recipe
+from loralab.training.adamw import AdamW
 
 
 @dataclass(frozen=True)
-class FrozenA(Rule):
-    """AdamW on everything but A."""
+class FrozenA(AdamW):
+    """AdamW on everything but A.
+
+    PEFT also multiplies the gradient of B by (A Aᵀ)⁻¹; the paper does not.
+    """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"A"})
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_moments(self)
-
     def trains(self, name: str) -> bool:
         return name != "A"
-
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        # PEFT also multiplies the gradient of B by (A Aᵀ)⁻¹ here; the paper does not.
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
 
 
 register(

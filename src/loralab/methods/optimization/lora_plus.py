@@ -3,19 +3,18 @@
 In the infinite-width limit the output moves by Θ(1) only if η_B / η_A grows with the width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.recipe import Method, Paper, Recipe
+from loralab.training.adamw import AdamW
 
 
 @dataclass(frozen=True)
-class LoRAPlus(Rule):
+class LoRAPlus(AdamW):
     """AdamW with a larger learning rate for B.
 
     Args:
@@ -25,21 +24,15 @@ class LoRAPlus(Rule):
     singles_out: ClassVar[frozenset[str]] = frozenset({"B"})
 
     ratio: float = 16.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_moments(self)
+        super().__post_init__()
         if not self.ratio > 0:
             raise UserError(f"ratio of LoRA+ must be positive, not {self.ratio!r}")
 
     def lr_ratio(self, name: str) -> float:
         # B alone: DoRA's magnitude and every other tensor keep the trial's rate.
         return self.ratio if name == "B" else 1.0
-
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
 
 
 register(

@@ -4,7 +4,7 @@
 The bank [h, b] serves all layers; each stretch has its own trained logits σ [h]. dW = B A.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,17 +17,14 @@ from loralab.methods.expansion.lora import uniform
 from loralab.recipe import (
     Evidence,
     Form,
-    Hyper,
     Method,
     OwnStart,
     Paper,
     Recipe,
-    Rule,
     Site,
-    SiteState,
     Tensors,
 )
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.training.adamw import AdamW
 
 
 def normal(evidence: Evidence, purpose: str, *shape: int, std: float) -> Tensor:
@@ -110,7 +107,7 @@ class AnchoredStart(OwnStart):
 
 
 @dataclass(frozen=True)
-class BankRates(Rule):
+class BankRates(AdamW):
     """AdamW with a smaller learning rate for the bank than for the logits.
 
     Args:
@@ -121,20 +118,14 @@ class BankRates(Rule):
     singles_out: ClassVar[frozenset[str]] = frozenset({"bank"})
 
     ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_moments(self)
+        super().__post_init__()
         if not self.ratio > 0:
             raise UserError(f"ratio of VB-LoRA must be positive, not {self.ratio!r}")
 
     def lr_ratio(self, name: str) -> float:
         return self.ratio if name == "bank" else 1.0
-
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        adamw_step(self, sites, hyper, self.beta1, self.beta2, self.eps)
 
 
 register(
