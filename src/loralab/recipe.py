@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loralab._callable import make_callable
+from loralab.bounds import check_fields
 from loralab.catalogue import Method as Method
 from loralab.catalogue import Paper as Paper
 from loralab.pieces import Evidence as Evidence
@@ -32,6 +33,10 @@ class Piece:
     """What the four kinds have in common: they say with which others they do not work."""
 
     trained: ClassVar[frozenset[str]] = frozenset()  # tensors of the Form that it wants trained
+
+    def __post_init__(self) -> None:
+        """Check every hyper-parameter against its type (`loralab.bounds`)."""
+        check_fields(self)
 
     def objection(self, recipe: "Recipe") -> tuple[str, str] | None:
         """Return why the piece cannot work in `recipe` although its declarations allow it, or None.
@@ -263,20 +268,21 @@ class NoSchedule(Schedule):
     """Nothing changes."""
 
 
+def plain_rule() -> Rule:
+    """Return AdamW, which imports this module."""
+    from loralab.training.adamw import AdamW
+
+    return AdamW()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The four pieces of a method. Two trials with equal recipes can share a bank of tensors."""
 
     form: Form
     start: Start = field(default_factory=OwnStart)
-    rule: Rule = None  # type: ignore[assignment]  # AdamW, filled in below to avoid a cycle
+    rule: Rule = field(default_factory=plain_rule)
     schedule: Schedule = field(default_factory=NoSchedule)
-
-    def __post_init__(self) -> None:
-        if self.rule is None:
-            from loralab.training.adamw import AdamW
-
-            object.__setattr__(self, "rule", AdamW())
 
     @property
     def departs(self) -> bool:

@@ -11,7 +11,8 @@ from loralab import methods
 from loralab.citations import citation
 from loralab.errors import UserError
 from loralab.methods import _registry, all_methods, build, get, register
-from loralab.recipe import Form, Method, Paper, Recipe, Rule, Schedule, Start
+from loralab.methods._registry import add
+from loralab.recipe import Form, Paper, Rule, Schedule, Start
 
 
 def test_catalogue_is_plain_data_with_the_contract_keys():
@@ -155,15 +156,59 @@ def test_recipes_are_hashable_and_of_the_four_kinds():
         assert hash(method.recipe) == hash(build(method.name))
 
 
-def test_register_refuses_a_taken_name(monkeypatch):
+PAGE = """My own.
+
+:summary: Does nothing,
+    on two lines
+:equation: dW = 0
+:title: A title: with a colon
+:authors: A. One, B. Two
+:source: arXiv 0000.00000, 2026: eq. 1: the first
+:verified: nothing
+"""
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
     monkeypatch.setattr(_registry, "_METHODS", dict(all_methods()))
     monkeypatch.setattr(_registry, "_NAMES", dict(_registry._NAMES))
-    paper = Paper("t", "a", 2026, "0000.00000")
-    new = Method("my-own", "sharing", Recipe(Form()), paper, "s", "e")
-    register(new)
-    assert get("my_own") is new and register(new) is new
+
+
+def test_register_reads_the_docstring_and_refuses_a_taken_name(own_registry):
+    new = register("my-own", "sharing", PAGE, Form())
+    assert get("my_own") is new and add(new) is new
+    assert (new.summary, new.traps) == ("Does nothing, on two lines", ())
+    assert new.paper == Paper(
+        title="A title: with a colon",
+        authors="A. One, B. Two",
+        year=2026,
+        arxiv="0000.00000",
+        equation="eq. 1: the first",
+        verified="nothing",
+    )
     with pytest.raises(UserError, match="'none' is taken by 'full'"):
-        register(Method("other", "sharing", Recipe(Form()), paper, "s", "e", aliases=("none",)))
+        register("other", "sharing", PAGE, Form(), aliases=("none",))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (":summary: Does nothing,", "", "one line `:summary: ...`"),
+        (":title: A", ":title: A\n:title: A", "one line `:title: ...`"),
+        (":verified: nothing", ":verified: nothing\n:trop: x", "unknown field 'trop'"),
+        (", 2026: eq. 1", " (2026), eq. 1", "'arXiv NUMBER, YEAR: formula'"),
+    ],
+)
+def test_a_docstring_that_lacks_a_field_is_refused(own_registry, old, new, words):
+    assert old in PAGE
+    with pytest.raises(UserError, match=words):
+        register("my-own", "sharing", PAGE.replace(old, new), Form())
+
+
+def test_without_docstrings_methods_work_and_the_catalogue_is_empty(own_registry):
+    form = Form()
+    new = register("my-own", "sharing", None, form)
+    assert (new.summary, new.paper.title) == ("", "") and build("my-own").form is form
 
 
 def test_a_broken_plug_in_is_skipped_with_a_warning(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from loralab.bounds import is_optional
 from loralab.errors import UserError, near_misses
 from loralab.methods._compatible import refusals
 from loralab.methods._registry import all_methods, get
@@ -93,7 +94,7 @@ def _owner(name: str, pieces: dict[str, Any], word: str) -> tuple[str, Any]:
 def _fit(name: str, word: str, value: Any, piece: Any, field: dataclasses.Field[Any]) -> Any:
     """Return `value` in the type of the present value; None only where the field allows it."""
     present = getattr(piece, field.name)
-    optional = present is None or "None" in str(field.type)
+    optional = present is None or is_optional(piece, field.name)
     if present is None or (value is None and optional) or type(value) is type(present):
         return value
     if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):

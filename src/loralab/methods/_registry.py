@@ -3,10 +3,22 @@
 import importlib
 import pkgutil
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from loralab.errors import UserError, near_misses
-from loralab.recipe import Method
+from loralab.methods import _docstring
+from loralab.recipe import (
+    Form,
+    Method,
+    NoSchedule,
+    OwnStart,
+    Recipe,
+    Rule,
+    Schedule,
+    Start,
+    plain_rule,
+)
 
 ENTRY_POINTS = "loralab.methods"
 
@@ -20,7 +32,47 @@ def key(name: str) -> str:
     return name.strip().lower().replace("+", "_plus").replace("-", "_").replace(" ", "_")
 
 
-def register(method: Method) -> Method:
+def register(
+    name: str,
+    axis: str,
+    doc: str | None,
+    form: Form,
+    *,
+    start: Start | None = None,
+    rule: Rule | None = None,
+    schedule: Schedule | None = None,
+    aliases: Sequence[str] = (),
+) -> Method:
+    """Add a method to the catalogue and return it.
+
+    Args:
+        axis: the taxonomy's axis, which is also the folder.
+        doc: the docstring of the method's file, with its fields (`_docstring`).
+        form, start, rule, schedule: its pieces; what is left out is LoRA's.
+        aliases: other names under which the method is found.
+
+    Raises:
+        UserError: another method already has this name or one of these aliases, or the docstring
+            lacks a field.
+    """
+    found = _docstring.fields(name, doc)
+    return add(
+        Method(
+            name=name,
+            axis=axis,
+            recipe=Recipe(
+                form, start or OwnStart(), rule or plain_rule(), schedule or NoSchedule()
+            ),
+            paper=_docstring.paper(name, found),
+            summary=found["summary"][0],
+            equation=found["equation"][0],
+            traps=tuple(found.get("trap", ())),
+            aliases=aliases,
+        )
+    )
+
+
+def add(method: Method) -> Method:
     """Add `method` to the catalogue and return it.
 
     Raises:
@@ -74,4 +126,4 @@ def _walk() -> None:
             warnings.warn(f"method plug-in {point.name!r} was skipped: {error}", stacklevel=2)
             continue
         if isinstance(found, Method):
-            register(found)
+            add(found)

@@ -1,6 +1,15 @@
 """Full fine-tuning of the targeted layers: W' = W + D with D [out, in] dense, trained, 0 at first.
 
 The baseline that low-rank methods are measured against. Weights outside the targets stay frozen.
+
+:summary: Ordinary fine-tuning of every weight of the targeted layers
+:equation: W' = W + D, D = 0
+:trap: Memory per trial is that of the model: weights, gradients and two moments.
+:trap: Weight decay acts on D, so it pulls towards the base and not towards zero.
+:title: Decoupled Weight Decay Regularization
+:authors: Ilya Loshchilov, Frank Hutter
+:source: arXiv 1711.05101, 2017: algorithm 2 (the optimizer; the form is ordinary fine-tuning)
+:verified: definition
 """
 
 from dataclasses import dataclass
@@ -9,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -30,25 +39,4 @@ class Dense(Form):
         return t["D"]
 
 
-register(
-    Method(
-        name="full",
-        axis="baseline",
-        recipe=Recipe(Dense()),
-        paper=Paper(
-            title="Decoupled Weight Decay Regularization",
-            authors="Ilya Loshchilov, Frank Hutter",
-            year=2017,
-            arxiv="1711.05101",
-            equation="algorithm 2 (the optimizer; the form is ordinary fine-tuning)",
-            verified="definition",
-        ),
-        summary="Ordinary fine-tuning of every weight of the targeted layers",
-        equation="W' = W + D, D = 0",
-        traps=(
-            "Memory per trial is that of the model: weights, gradients and two moments.",
-            "Weight decay acts on D, so it pulls towards the base and not towards zero.",
-        ),
-        aliases=("none", "full_finetuning", "fft"),
-    )
-)
+register("full", "baseline", __doc__, Dense(), aliases=("none", "full_finetuning", "fft"))

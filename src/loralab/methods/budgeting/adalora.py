@@ -8,6 +8,19 @@ authors' code w is the weight after the step of which g is the gradient (before 
 The paper masks to the end of training; here the triplets outside the final pattern are dropped as
 soon as it is fixed, so that the last half of the run computes and stores only what stays. The rest
 of γ's term goes with them.
+
+:summary: An SVD-shaped update whose singular values are pruned across layers by importance
+:equation: dW = s P diag(l) Q; keep the b(t) largest s(l_i) + mean s(P_i) + mean s(Q_i)
+:trap: The rank asked for is the mean rank at the end: training starts with 1.5 times it.
+:trap: s = alpha / r with that rank; PEFT divides by the starting rank instead.
+:trap: The orthogonality penalty belongs to training only, never to the reported loss.
+:trap: Importance is sensitivity times uncertainty, not |l|; nothing is pruned before t_initial.
+:title: AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning
+:authors: Qingru Zhang, Minshuo Chen, Alexander Bukharin, Nikos Karampatziakis, Pengcheng He, Yu
+    Cheng, Weizhu Chen, Tuo Zhao
+:source: arXiv 2303.10512, 2023: eqs. 3 and 4, sections 3.2 and 3.3
+:verified: authors' code (QingruZhang/AdaLoRA) for importance and budget, equality with installed
+    PEFT for the form, the survey for the squared penalty
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +33,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import alive, due, in_use, regrow
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 from loralab.training.adamw import check_moments
 
 AXES = {"P": -1, "Lambda": -1, "Q": -2}
@@ -151,29 +164,4 @@ class AdaBudget(Schedule):
         return in_use(sites, "Lambda")
 
 
-register(
-    Method(
-        name="adalora",
-        axis="budgeting",
-        recipe=Recipe(AdaSVD(), schedule=AdaBudget()),
-        paper=Paper(
-            title="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
-            authors="Qingru Zhang, Minshuo Chen, Alexander Bukharin, Nikos Karampatziakis, "
-            "Pengcheng He, Yu Cheng, Weizhu Chen, Tuo Zhao",
-            year=2023,
-            arxiv="2303.10512",
-            equation="eqs. 3 and 4, sections 3.2 and 3.3",
-            verified="authors' code (QingruZhang/AdaLoRA) for importance and budget, equality "
-            "with installed PEFT for the form, the survey for the squared penalty",
-        ),
-        summary="An SVD-shaped update whose singular values are pruned across layers by importance",
-        equation="dW = s P diag(l) Q; keep the b(t) largest s(l_i) + mean s(P_i) + mean s(Q_i)",
-        traps=(
-            "The rank asked for is the mean rank at the end: training starts with 1.5 times it.",
-            "s = alpha / r with that rank; PEFT divides by the starting rank instead.",
-            "The orthogonality penalty belongs to training only, never to the reported loss.",
-            "Importance is sensitivity times uncertainty, not |l|; nothing is pruned before "
-            "t_initial.",
-        ),
-    )
-)
+register("adalora", "budgeting", __doc__, AdaSVD(), schedule=AdaBudget())

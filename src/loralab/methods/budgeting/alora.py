@@ -7,6 +7,16 @@ training goes on. A pruned rank is dropped and needs no gate.
 
 The text was not to be had beyond the abstract, the formula (survey arXiv 2601.22708) and summaries:
 the numbers and lengths of the rounds are ours. A new rank starts as in LoRA, with B = 0.
+
+:summary: Ranks that an ablation on held-out data finds useless move to other modules
+:equation: IS(r) = S(M) - S(M without r) + S(M with r alone); move the n_A ranks of least IS to
+    modules that lost none
+:trap: A round costs two passes over a held-out batch for every rank of every site.
+:trap: The total number of ranks never changes; s = alpha / r keeps the r asked for.
+:title: ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models
+:authors: Zequan Liu, Jiawen Lyn, Wei Zhu, Xing Tian, Yvette Graham
+:source: arXiv 2403.16187, 2024: the importance score of AB-LoRA, sections on pruning and allocation
+:verified: the survey arXiv 2601.22708 and the abstract; the paper's text was not to be had
 """
 
 import math
@@ -21,7 +31,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import alive, in_use, regrow
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Method, Paper, Recipe, Schedule, SiteState
+from loralab.recipe import Schedule, SiteState
 
 
 @dataclass(frozen=True)
@@ -145,26 +155,4 @@ class ALoRA(Schedule):
         return in_use(sites, "B")
 
 
-register(
-    Method(
-        name="alora",
-        axis="budgeting",
-        recipe=Recipe(LoRA(), schedule=ALoRA()),
-        paper=Paper(
-            title="ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models",
-            authors="Zequan Liu, Jiawen Lyn, Wei Zhu, Xing Tian, Yvette Graham",
-            year=2024,
-            arxiv="2403.16187",
-            equation="the importance score of AB-LoRA, sections on pruning and allocation",
-            verified="the survey arXiv 2601.22708 and the abstract; the paper's text was not to be "
-            "had",
-        ),
-        summary="Ranks that an ablation on held-out data finds useless move to other modules",
-        equation="IS(r) = S(M) - S(M without r) + S(M with r alone); move the n_A ranks of least "
-        "IS to modules that lost none",
-        traps=(
-            "A round costs two passes over a held-out batch for every rank of every site.",
-            "The total number of ranks never changes; s = alpha / r keeps the r asked for.",
-        ),
-    )
-)
+register("alora", "budgeting", __doc__, LoRA(), schedule=ALoRA())

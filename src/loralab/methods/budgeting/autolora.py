@@ -5,6 +5,17 @@ with α_j < 1/r are dropped and the rest is trained anew without weights.
 The paper differentiates through one step of the lower level; this is the first-order version, as in
 the authors' fine-tuning code (ruz048/AutoLoRA, finetune/), which alternates the two steps. α is a
 softmax of free numbers.
+
+:summary: Learns a weight per rank on held-out data, drops the small ones, trains the rest
+:equation: dW = s B diag(softmax(alpha)) A; keep ranks with softmax(alpha)_j >= 1/r
+:trap: While it searches the update is a weighted mean of its parts: 1/r of LoRA's.
+:trap: Equal weights are exactly 1/r: a threshold without slack would drop every rank.
+:trap: The ranks are only searched; A, B and the optimizer's memory start anew afterwards.
+:trap: The paper retrains on training and held-out data together; here the split stays.
+:title: AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation Based on Meta Learning
+:authors: Ruiyi Zhang, Rushi Qiang, Sai Ashish Somayajula, Pengtao Xie
+:source: arXiv 2403.09113, 2024: section 3
+:verified: authors' code (ruz048/AutoLoRA, loralib/layers.py and finetune/lora_glue.py)
 """
 
 from collections.abc import Sequence
@@ -17,17 +28,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import in_use, regrow
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Recipe, Schedule, Site, SiteState, Tensors
 from loralab.training.adamw import AdamW
 
 
@@ -121,26 +122,5 @@ def anew(site: SiteState, keep: Tensor) -> None:
 
 
 register(
-    Method(
-        name="autolora",
-        axis="budgeting",
-        recipe=Recipe(WeightedParts(), rule=TwoLevel(), schedule=SearchThenTrain()),
-        paper=Paper(
-            title="AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation Based on "
-            "Meta Learning",
-            authors="Ruiyi Zhang, Rushi Qiang, Sai Ashish Somayajula, Pengtao Xie",
-            year=2024,
-            arxiv="2403.09113",
-            equation="section 3",
-            verified="authors' code (ruz048/AutoLoRA, loralib/layers.py and finetune/lora_glue.py)",
-        ),
-        summary="Learns a weight per rank on held-out data, drops the small ones, trains the rest",
-        equation="dW = s B diag(softmax(alpha)) A; keep ranks with softmax(alpha)_j >= 1/r",
-        traps=(
-            "While it searches the update is a weighted mean of its parts: 1/r of LoRA's.",
-            "Equal weights are exactly 1/r: a threshold without slack would drop every rank.",
-            "The ranks are only searched; A, B and the optimizer's memory start anew afterwards.",
-            "The paper retrains on training and held-out data together; here the split stays.",
-        ),
-    )
+    "autolora", "budgeting", __doc__, WeightedParts(), rule=TwoLevel(), schedule=SearchThenTrain()
 )

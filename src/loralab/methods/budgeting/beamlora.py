@@ -9,6 +9,20 @@ and both take the mean of their gates. p rises as a cosine from p0 to 1, where p
 From the authors' code (gccnlp/BeamLoRA, train.py and its peft) and a note on the paper, whose text
 was not to be had; the direction of the cosine is our reading. There the moments' copies are written
 to a temporary and lost; here they arrive. At most half of a module's ranks are pruned at once.
+
+:summary: Weak ranks of a module give their place to copies of its strong ones
+:equation: dW = s B diag(r softmax(g / tau)) A; ranks beyond the top-p share become copies
+:trap: The number of ranks never changes; what changes is what they hold.
+:trap: A copy of the present parameters would stay equal to its parent for ever; the copy is of half
+    a period ago.
+:trap: tau = 0.05 makes the gates learn twenty times faster than the learning rate says.
+:title: BeamLoRA: Beam-Constraint Low-Rank Adaptation
+:authors: Naibin Gu, Zhenyu Zhang, Xiyu Liu, Peng Fu, Zheng Lin, Shuohuan Wang, Yu Sun, Hua Wu,
+    Weiping Wang, Haifeng Wang
+:source: arXiv 2502.13604, 2025: assessment, pruning and expansion, dynamic top-p of the method's
+    section
+:verified: authors' code (gccnlp/BeamLoRA); its scheduler's file and the paper's text were not to be
+    had
 """
 
 import math
@@ -23,7 +37,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import take
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
 def importance(t: Tensors) -> Tensor:
@@ -144,28 +158,4 @@ class Beam(Schedule):
                 site.state[kind].zero_()
 
 
-register(
-    Method(
-        name="beamlora",
-        axis="budgeting",
-        recipe=Recipe(BeamLoRA(), schedule=Beam()),
-        paper=Paper(
-            title="BeamLoRA: Beam-Constraint Low-Rank Adaptation",
-            authors="Naibin Gu, Zhenyu Zhang, Xiyu Liu, Peng Fu, Zheng Lin, Shuohuan Wang, "
-            "Yu Sun, Hua Wu, Weiping Wang, Haifeng Wang",
-            year=2025,
-            arxiv="2502.13604",
-            equation="assessment, pruning and expansion, dynamic top-p of the method's section",
-            verified="authors' code (gccnlp/BeamLoRA); its scheduler's file and the paper's text "
-            "were not to be had",
-        ),
-        summary="Weak ranks of a module give their place to copies of its strong ones",
-        equation="dW = s B diag(r softmax(g / tau)) A; ranks beyond the top-p share become copies",
-        traps=(
-            "The number of ranks never changes; what changes is what they hold.",
-            "A copy of the present parameters would stay equal to its parent for ever; the copy is "
-            "of half a period ago.",
-            "tau = 0.05 makes the gates learn twenty times faster than the learning rate says.",
-        ),
-    )
-)
+register("beamlora", "budgeting", __doc__, BeamLoRA(), schedule=Beam())

@@ -4,6 +4,18 @@ with γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²); upper level: Λ on the other pa
 Λ is a softmax of free numbers (which the paper recommends), the numbers themselves ("real") or
 their sigmoids, pushed to 0 or 1 by their entropy ("binary"). The paper differentiates through the
 lower level (Betty); this is the first-order version.
+
+:summary: Singular vectors learn from training data, singular values from held-out data
+:equation: dW = s P diag(softmax(l)) Q; P, Q on one part of the data, l on the other
+:trap: Softmax values are never 0, so the update starts at 0 by P = 0.
+:trap: The penalty pulls P and Q to orthonormal whatever the loss says.
+:trap: Nothing is pruned: the values decide how much each direction counts.
+:title: BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank Adaptation of
+    Large Pre-trained Models
+:authors: Rushi Qiang, Ruiyi Zhang, Pengtao Xie
+:source: arXiv 2403.13037, 2024: section 3
+:verified: the abstract and public reviews of the paper (ICLR 2024); the text and code could not be
+    had, so the start P = 0 is ours
 """
 
 from collections.abc import Callable
@@ -16,15 +28,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting.adalora import AdaSVD
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    Paper,
-    Recipe,
-    Site,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Recipe, Site, Tensors
 from loralab.training.adamw import AdamW
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -86,27 +90,4 @@ class UpperLambda(AdamW):
     held_out: ClassVar[frozenset[str]] = frozenset({"Lambda"})
 
 
-register(
-    Method(
-        name="bilora",
-        axis="budgeting",
-        recipe=Recipe(PseudoSVD(), rule=UpperLambda()),
-        paper=Paper(
-            title="BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank "
-            "Adaptation of Large Pre-trained Models",
-            authors="Rushi Qiang, Ruiyi Zhang, Pengtao Xie",
-            year=2024,
-            arxiv="2403.13037",
-            equation="section 3",
-            verified="the abstract and public reviews of the paper (ICLR 2024); the text and code "
-            "could not be had, so the start P = 0 is ours",
-        ),
-        summary="Singular vectors learn from training data, singular values from held-out data",
-        equation="dW = s P diag(softmax(l)) Q; P, Q on one part of the data, l on the other",
-        traps=(
-            "Softmax values are never 0, so the update starts at 0 by P = 0.",
-            "The penalty pulls P and Q to orthonormal whatever the loss says.",
-            "Nothing is pruned: the values decide how much each direction counts.",
-        ),
-    )
-)
+register("bilora", "budgeting", __doc__, PseudoSVD(), rule=UpperLambda())

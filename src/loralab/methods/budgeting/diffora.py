@@ -4,6 +4,16 @@ matrix Γ = [γ_ij] (the paper's differential adaptation matrix) says which modu
 Γ is relaxed to [0, 1] and learned on held-out data, then made discrete: in each layer the K modules
 with the largest γ are adapted and trained anew, the others are not. Here γ is a sigmoid per module
 and K a share of the layer's modules, both our reading; the paper's weight sharing is left out.
+
+:summary: Learns on held-out data which modules of each layer to adapt
+:equation: dW = s gamma B A, gamma = sigmoid(alpha) on held-out data, then 0 or 1
+:trap: The paper also lets modules share weights after the selection; that is left out.
+:trap: Modules compete within their layer, so no layer is left without an update.
+:trap: A module that no trial of a pack has chosen keeps a single rank of zeros.
+:title: DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection
+:authors: Tangyu Jiang, Haodi Wang, Chun Yuan
+:source: arXiv 2502.08905, 2025: our reading of the abstract
+:verified: the abstract and second-hand summaries; the text and code could not be had
 """
 
 from collections.abc import Sequence
@@ -18,17 +28,7 @@ from loralab.methods import register
 from loralab.methods.budgeting._ranks import in_use
 from loralab.methods.budgeting.autolora import TwoLevel, anew
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Recipe, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,5 @@ class SelectModules(Schedule):
 
 
 register(
-    Method(
-        name="diffora",
-        axis="budgeting",
-        recipe=Recipe(SelectedModule(), rule=TwoLevel(), schedule=SelectModules()),
-        paper=Paper(
-            title="DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module "
-            "Selection",
-            authors="Tangyu Jiang, Haodi Wang, Chun Yuan",
-            year=2025,
-            arxiv="2502.08905",
-            equation="our reading of the abstract",
-            verified="the abstract and second-hand summaries; the text and code could not be had",
-        ),
-        summary="Learns on held-out data which modules of each layer to adapt",
-        equation="dW = s gamma B A, gamma = sigmoid(alpha) on held-out data, then 0 or 1",
-        traps=(
-            "The paper also lets modules share weights after the selection; that is left out.",
-            "Modules compete within their layer, so no layer is left without an update.",
-            "A module that no trial of a pack has chosen keeps a single rank of zeros.",
-        ),
-    )
+    "diffora", "budgeting", __doc__, SelectedModule(), rule=TwoLevel(), schedule=SelectModules()
 )

@@ -5,6 +5,16 @@ rows of W_dw. The ranks get sorted by importance, so that afterwards any b serve
 anew. One b serves all modules of a step. `last_only` trains the b-th column and row alone: the
 paper's DyLoRA (Frozen), and what the authors' script does. p_B is uniform, as there, unless `p`
 makes it geometric. Evaluation uses all r ranks until `Truncate` cuts at another b.
+
+:summary: Trains with a random number of leading ranks, so that any rank works afterwards
+:equation: h = W x + (alpha / b) B[:, :b] A[:b] x, b random in 1..r at every step
+:trap: The scale is alpha over the b of the step, not over r; a truncation must keep that.
+:trap: Ranks are nested: rank b uses the first b, never the b best by some later measure.
+:title: DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank
+    Adaptation
+:authors: Mojtaba Valipour, Mehdi Rezagholizadeh, Ivan Kobyzev, Ali Ghodsi
+:source: arXiv 2210.07558, 2022: section 4, algorithm 1
+:verified: authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py)
 """
 
 from collections.abc import Sequence
@@ -18,7 +28,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import regrow
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Recipe, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
@@ -97,25 +107,4 @@ class Truncate(Schedule):
             regrow(site, first.expand(len(B), r))
 
 
-register(
-    Method(
-        name="dylora",
-        axis="budgeting",
-        recipe=Recipe(DyLoRA(), schedule=Truncate()),
-        paper=Paper(
-            title="DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic "
-            "Search-Free Low Rank Adaptation",
-            authors="Mojtaba Valipour, Mehdi Rezagholizadeh, Ivan Kobyzev, Ali Ghodsi",
-            year=2022,
-            arxiv="2210.07558",
-            equation="section 4, algorithm 1",
-            verified="authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py)",
-        ),
-        summary="Trains with a random number of leading ranks, so that any rank works afterwards",
-        equation="h = W x + (alpha / b) B[:, :b] A[:b] x, b random in 1..r at every step",
-        traps=(
-            "The scale is alpha over the b of the step, not over r; a truncation must keep that.",
-            "Ranks are nested: rank b uses the first b, never the b best by some later measure.",
-        ),
-    )
-)
+register("dylora", "budgeting", __doc__, DyLoRA(), schedule=Truncate())

@@ -9,6 +9,17 @@ phase trains the final ranks.
 The text was not to be had beyond its abstract; selection, new directions (random, made orthogonal
 to the present ones) and the cubic follow a derived work's code (messiyu/qbielora). A new λ starts
 at 0 here, at no more than 1e-13 there. The lengths of the phases are ours, after AdaLoRA.
+
+:summary: Prunes ranks in some modules and adds as many in others while training
+:equation: dW = s P diag(l) Q; move b(t) ranks from the least to the most important modules
+:trap: The total number of ranks is the same at every step; only its distribution changes.
+:trap: A module is expanded for its least important ranks being important, not for its best.
+:trap: A new rank has no history: its importance starts at 0.
+:title: ElaLoRA: Elastic & Learnable Low-Rank Adaptation for Efficient Model Fine-Tuning
+:authors: Huandong Chang, Zicheng Ma, Mingyuan Ma, Zhenting Qi, Andrew Sabot, Hong Jiang, H. T. Kung
+:source: arXiv 2504.00254, 2025: importance, pruning and expansion of the method's section
+:verified: the abstract, and the code of a derived work (messiyu/qbielora); the paper's text and
+    code were not to be had
 """
 
 from collections.abc import Sequence
@@ -22,7 +33,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import alive, due, in_use, regrow
 from loralab.methods.budgeting.adalora import AXES, AdaBudget, AdaSVD
-from loralab.recipe import Method, Paper, Recipe, Schedule, SiteState
+from loralab.recipe import Schedule, SiteState
 from loralab.training.adamw import check_moments
 
 OWN = {f"{kind}.{name}": axis for kind in ("mean", "spread") for name, axis in AXES.items()}
@@ -125,28 +136,4 @@ class ElaLoRA(Schedule):
         return in_use(sites, "Lambda")
 
 
-register(
-    Method(
-        name="elalora",
-        axis="budgeting",
-        recipe=Recipe(AdaSVD(growth=1.0), schedule=ElaLoRA()),
-        paper=Paper(
-            title="ElaLoRA: Elastic & Learnable Low-Rank Adaptation for Efficient Model "
-            "Fine-Tuning",
-            authors="Huandong Chang, Zicheng Ma, Mingyuan Ma, Zhenting Qi, Andrew Sabot, "
-            "Hong Jiang, H. T. Kung",
-            year=2025,
-            arxiv="2504.00254",
-            equation="importance, pruning and expansion of the method's section",
-            verified="the abstract, and the code of a derived work (messiyu/qbielora); the "
-            "paper's text and code were not to be had",
-        ),
-        summary="Prunes ranks in some modules and adds as many in others while training",
-        equation="dW = s P diag(l) Q; move b(t) ranks from the least to the most important modules",
-        traps=(
-            "The total number of ranks is the same at every step; only its distribution changes.",
-            "A module is expanded for its least important ranks being important, not for its best.",
-            "A new rank has no history: its importance starts at 0.",
-        ),
-    )
-)
+register("elalora", "budgeting", __doc__, AdaSVD(growth=1.0), schedule=ElaLoRA())

@@ -4,6 +4,19 @@ the ranks go to the directions that explain most variance, over all layers.
 V and σ² are here the eigenvectors and eigenvalues of the inputs' second moment (mean of x xᵀ),
 which is what the paper's incremental SVD converges to. The authors' PEFT code subtracts the inputs'
 mean first.
+
+:summary: A starts from the inputs' leading directions, ranks follow explained variance
+:equation: A0 = V[:, :r]^T of X = U S V^T, B0 = 0; the sum of ranks is kept
+:trap: The ranks keep their sum, not the parameter count: wide layers may grow.
+:trap: A layer that explains little gets rank 0 and is left out.
+:trap: PEFT centres the inputs; the paper's SVD is of the inputs as they are.
+:trap: Layers with the same input have the same directions; ties go to the earlier layer.
+:title: Parameter Efficient Fine-tuning via Explained Variance Adaptation
+:authors: Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, Marc Peter
+    Deisenroth, Sepp Hochreiter
+:source: arXiv 2410.07170, 2024: section 3
+:verified: equality with installed PEFT (the authors' code) on centred inputs, and the survey arXiv
+    2601.22708
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +29,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 def covariance_of(evidence: Evidence, who: str) -> Tensor:
@@ -79,28 +92,4 @@ class EVA(Start):
         return {"A": A.to(evidence.weight), "B": evidence.weight.new_zeros(site.d_out, site.rank)}
 
 
-register(
-    Method(
-        name="eva",
-        axis="budgeting",
-        recipe=Recipe(LoRA(), EVA()),
-        paper=Paper(
-            title="Parameter Efficient Fine-tuning via Explained Variance Adaptation",
-            authors="Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, "
-            "Marc Peter Deisenroth, Sepp Hochreiter",
-            year=2024,
-            arxiv="2410.07170",
-            equation="section 3",
-            verified="equality with installed PEFT (the authors' code) on centred inputs, and the "
-            "survey arXiv 2601.22708",
-        ),
-        summary="A starts from the inputs' leading directions, ranks follow explained variance",
-        equation="A0 = V[:, :r]^T of X = U S V^T, B0 = 0; the sum of ranks is kept",
-        traps=(
-            "The ranks keep their sum, not the parameter count: wide layers may grow.",
-            "A layer that explains little gets rank 0 and is left out.",
-            "PEFT centres the inputs; the paper's SVD is of the inputs as they are.",
-            "Layers with the same input have the same directions; ties go to the earlier layer.",
-        ),
-    )
-)
+register("eva", "budgeting", __doc__, LoRA(), start=EVA())

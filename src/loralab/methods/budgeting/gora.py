@@ -4,6 +4,19 @@ I(W) = mean |W ∘ G|, a_i = I_i / Σ_j I_j, b = Σ_i √(m_i + n_i) r_ref,
 r_i = round(b a_i / √(m_i + n_i)) within [r_min, r_max]. A0 is LoRA's and, in our orientation,
 B0 = -ξ G A0ᵀ (A0 A0ᵀ)⁻¹ with ξ = γ √n / α, n the inputs: the best image of -G in A0's row space, so
 that s B0 A0 ≈ -γ G under the scale s = α / √r.
+
+:summary: Ranks by |W ∘ G|, and a B that begins as the compressed gradient
+:equation: r_i = round(b a_i / sqrt(m_i + n_i)), B0 = -gamma sqrt(n)/alpha G A0^T (A0 A0^T)^-1
+:trap: The model begins one gradient step ahead of the base; anchored=True begins at the base and
+    keeps of that step only the direction of B0.
+:trap: The budget counts sqrt(m + n) per rank: the parameters stay near LoRA's, not equal.
+:trap: B0 is minus the gradient's image; the authors' code (at 2f7d63c) shows no minus.
+:trap: The scale is alpha / sqrt(r_i) with each layer's own rank.
+:title: GoRA: Gradient-driven Adaptive Low Rank Adaptation
+:authors: Haonan He, Peng Ye, Yuchen Ren, Yuan Yuan, Luyang Zhou, Shucun Ju, Lei Chen
+:source: arXiv 2502.12171, 2025: section 3
+:verified: a public reading of the paper (papernotes, NeurIPS 2025), the survey arXiv 2601.22708 and
+    the authors' code (hhnqqq/MyTransformers, gora.py)
 """
 
 import math
@@ -18,7 +31,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 def gradient_of(evidence: Evidence, who: str) -> Tensor:
@@ -126,29 +139,4 @@ class GoRA(Start):
         return {"A": A, "B": B.to(A)}
 
 
-register(
-    Method(
-        name="gora",
-        axis="budgeting",
-        recipe=Recipe(RSLORA_FORM, GoRA()),
-        paper=Paper(
-            title="GoRA: Gradient-driven Adaptive Low Rank Adaptation",
-            authors="Haonan He, Peng Ye, Yuchen Ren, Yuan Yuan, Luyang Zhou, Shucun Ju, Lei Chen",
-            year=2025,
-            arxiv="2502.12171",
-            equation="section 3",
-            verified="a public reading of the paper (papernotes, NeurIPS 2025), the survey arXiv "
-            "2601.22708 and the authors' code (hhnqqq/MyTransformers, gora.py)",
-        ),
-        summary="Ranks by |W ∘ G|, and a B that begins as the compressed gradient",
-        equation="r_i = round(b a_i / sqrt(m_i + n_i)), B0 = -gamma sqrt(n)/alpha G A0^T "
-        "(A0 A0^T)^-1",
-        traps=(
-            "The model begins one gradient step ahead of the base; anchored=True begins at the "
-            "base and keeps of that step only the direction of B0.",
-            "The budget counts sqrt(m + n) per rank: the parameters stay near LoRA's, not equal.",
-            "B0 is minus the gradient's image; the authors' code (at 2f7d63c) shows no minus.",
-            "The scale is alpha / sqrt(r_i) with each layer's own rank.",
-        ),
-    )
-)
+register("gora", "budgeting", __doc__, RSLORA_FORM, start=GoRA())

@@ -9,6 +9,20 @@ From the authors' code (FeiyuZhang98/IncreLoRA, loralib/increlora.py); the paper
 be had. ∂L/∂ΔW is as large as W and nobody keeps it here, so I is summed along rows and along
 columns before the absolute value, which the factors' gradients give exactly:
 Σ_j ΔW_ij G_ij = Σ_k P_ik (∂L/∂P)_ik.
+
+:summary: Starts with one triplet per module and adds more where the update matters most
+:equation: dW = s P diag(l) Q; the top modules by mean(I) spread(I), I = |dW o dL/d(dW)|, get new
+    triplets
+:trap: The rank asked for is the mean rank at the end; training starts with rank 1.
+:trap: s stays alpha / r with the rank asked for; the authors' code divides by the present rank,
+    which rescales the update at every increase.
+:trap: The reserve's triplets are part of the update with a factor of 1e-5, and take memory.
+:trap: New parameters need their own warm-up, for the rate has long left its own.
+:title: IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning
+:authors: Feiyu Zhang, Liangzhi Li, Junhao Chen, Zhouqiang Jiang, Bowen Wang, Yiming Qian
+:source: arXiv 2308.12043, 2023: the method's section (importance, advance learning, warm-up)
+:verified: authors' code (FeiyuZhang98/IncreLoRA, loralib/increlora.py); importance from sums of
+    rows and columns
 """
 
 from collections.abc import Sequence
@@ -22,7 +36,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import alive, due, regrow
 from loralab.methods.budgeting.adalora import AXES, AdaSVD
-from loralab.recipe import Method, Paper, Recipe, Schedule, SiteState
+from loralab.recipe import Schedule, SiteState
 from loralab.training.adamw import check_moments
 
 RESERVE = 1e-5  # λ of a triplet that learns in advance
@@ -164,31 +178,4 @@ class IncreLoRA(Schedule):
 
 OWN = {"main": -1, "born.Lambda": -1, "born.P": -1}
 
-register(
-    Method(
-        name="increlora",
-        axis="budgeting",
-        recipe=Recipe(AdaSVD(first=1), schedule=IncreLoRA()),
-        paper=Paper(
-            title="IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient "
-            "Fine-tuning",
-            authors="Feiyu Zhang, Liangzhi Li, Junhao Chen, Zhouqiang Jiang, Bowen Wang, "
-            "Yiming Qian",
-            year=2023,
-            arxiv="2308.12043",
-            equation="the method's section (importance, advance learning, warm-up)",
-            verified="authors' code (FeiyuZhang98/IncreLoRA, loralib/increlora.py); importance "
-            "from sums of rows and columns",
-        ),
-        summary="Starts with one triplet per module and adds more where the update matters most",
-        equation="dW = s P diag(l) Q; the top modules by mean(I) spread(I), I = |dW o dL/d(dW)|, "
-        "get new triplets",
-        traps=(
-            "The rank asked for is the mean rank at the end; training starts with rank 1.",
-            "s stays alpha / r with the rank asked for; the authors' code divides by the present "
-            "rank, which rescales the update at every increase.",
-            "The reserve's triplets are part of the update with a factor of 1e-5, and take memory.",
-            "New parameters need their own warm-up, for the rate has long left its own.",
-        ),
-    )
-)
+register("increlora", "budgeting", __doc__, AdaSVD(first=1), schedule=IncreLoRA())

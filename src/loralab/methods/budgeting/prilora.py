@@ -4,6 +4,18 @@ pruned while it trains.
 r_l = r_s + (r_f - r_s) l / (L - 1) for layer l of L. Every so many steps the share p of the entries
 of A with the least |A_ij| ‖x_j‖ is set to 0 (Wanda's importance, arXiv 2306.11695); pruned entries
 train on and may grow back.
+
+:summary: Ranks grow with depth, and the unimportant half of A is pruned as it trains
+:equation: r_l from r/2 at the first layer to 3r/2 at the last; A_ij = 0 where |A_ij| |x_j| is least
+:trap: Pruning sets entries to 0 and lets them train on; it is no mask.
+:trap: Entries compete within a row of A, as in Wanda, not over the matrix.
+:trap: The inputs' sizes are those at the base; the paper averages them while it trains.
+:trap: The mean rank is the one asked for only if every depth has as many layers.
+:title: PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation
+:authors: Nadav Benedek, Lior Wolf
+:source: arXiv 2401.11316, 2024: section 3
+:verified: our reading of the abstract and of second-hand summaries; the text and the authors' code
+    could not be had, so 4 to 12, 40 steps and one half are from memory
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +30,7 @@ from loralab.methods import register
 from loralab.methods.budgeting.eva import covariance_of
 from loralab.methods.budgeting.gora import RanksOnly
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
@@ -114,28 +116,4 @@ class PruneA(Schedule):
             A.scatter_(-1, least, torch.zeros_like(least, dtype=A.dtype))
 
 
-register(
-    Method(
-        name="prilora",
-        axis="budgeting",
-        recipe=Recipe(PairAndInputs(), RisingRanks(), schedule=PruneA()),
-        paper=Paper(
-            title="PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation",
-            authors="Nadav Benedek, Lior Wolf",
-            year=2024,
-            arxiv="2401.11316",
-            equation="section 3",
-            verified="our reading of the abstract and of second-hand summaries; the text and the "
-            "authors' code could not be had, so 4 to 12, 40 steps and one half are from memory",
-        ),
-        summary="Ranks grow with depth, and the unimportant half of A is pruned as it trains",
-        equation="r_l from r/2 at the first layer to 3r/2 at the last; A_ij = 0 where |A_ij| |x_j| "
-        "is least",
-        traps=(
-            "Pruning sets entries to 0 and lets them train on; it is no mask.",
-            "Entries compete within a row of A, as in Wanda, not over the matrix.",
-            "The inputs' sizes are those at the base; the paper averages them while it trains.",
-            "The mean rank is the one asked for only if every depth has as many layers.",
-        ),
-    )
-)
+register("prilora", "budgeting", __doc__, PairAndInputs(), start=RisingRanks(), schedule=PruneA())

@@ -4,6 +4,19 @@ number known to us), with MELoRA's blocks (arXiv 2402.17263): dW = s diag(B_1 A_
 erank(G) = exp(-Σ p ln p), p = σ / Σσ the singular values of the gradient at the base;
 n = 2^⌊log2(erank(G) / r)⌋ within [1, n_max]. Each block has rank r, so dW has rank n r at LoRA's
 count r (d_in + d_out).
+
+:summary: As many diagonal blocks as the gradient's effective rank asks for
+:equation: dW = s diag(B_1 A_1, ..., B_n A_n), n = 2^floor(log2(erank(G) / r))
+:trap: Every block has the full rank r: the update's rank is n r, the count LoRA's.
+:trap: Block i maps part i of the inputs to part i of the outputs and no other.
+:trap: n_max is ours (32): no default is printed in what we could read.
+:trap: An erank below r gives one block, which is LoRA.
+:title: Gradient Intrinsic Dimensionality Alignment: Narrowing The Gap Between Low-Rank Adaptation
+    and Full Fine-Tuning
+:authors: Jingqi Ye, Haonan He, Minglei Li, Fujun Han, Tao Chen, Peng Ye
+:source: ICLR 2026 (OpenReview kObvnQ6pUx), 2026: section 3
+:verified: a public reading of the paper (papernotes, ICLR 2026) and the authors' code
+    (hhnqqq/MyTransformers, ralora.py)
 """
 
 import math
@@ -17,7 +30,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting.gora import gradient_of
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 def effective_rank(G: Tensor) -> float:
@@ -112,30 +125,4 @@ UPDATES = {
     "adalomo": adalomo_step,
 }
 
-RALORA_PAPER = Paper(
-    title="Gradient Intrinsic Dimensionality Alignment: Narrowing The Gap Between Low-Rank "
-    "Adaptation and Full Fine-Tuning",
-    authors="Jingqi Ye, Haonan He, Minglei Li, Fujun Han, Tao Chen, Peng Ye",
-    year=2026,
-    venue="ICLR 2026 (OpenReview kObvnQ6pUx)",
-    equation="section 3",
-    verified="a public reading of the paper (papernotes, ICLR 2026) and the authors' code "
-    "(hhnqqq/MyTransformers, ralora.py)",
-)
-
-register(
-    Method(
-        name="ralora",
-        axis="budgeting",
-        recipe=Recipe(RaLoRA()),
-        paper=RALORA_PAPER,
-        summary="As many diagonal blocks as the gradient's effective rank asks for",
-        equation="dW = s diag(B_1 A_1, ..., B_n A_n), n = 2^floor(log2(erank(G) / r))",
-        traps=(
-            "Every block has the full rank r: the update's rank is n r, the count LoRA's.",
-            "Block i maps part i of the inputs to part i of the outputs and no other.",
-            "n_max is ours (32): no default is printed in what we could read.",
-            "An erank below r gives one block, which is LoRA.",
-        ),
-    )
-)
+register("ralora", "budgeting", __doc__, RaLoRA())

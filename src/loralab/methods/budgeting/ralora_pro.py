@@ -2,6 +2,18 @@
 
 r_l = ⌊P α_l / √(d_in + d_out)⌋ within [r_min, r_max], P = Σ_l √(d_in + d_out) r_ref, α_l GoRA's
 share of mean |W ∘ G| (arXiv 2502.12171); then n_l from erank(G_l) / r_l as in RaLoRA.
+
+:summary: RaLoRA with ranks that follow mean |W ∘ G| from layer to layer
+:equation: r_l = floor(P a_l / sqrt(d_in + d_out)), n_l = 2^floor(log2(erank(G_l) / r_l))
+:trap: The number of blocks follows from the layer's own rank, not from the one asked for.
+:trap: r_min and r_max are GoRA's (half and four times the rank asked for).
+:trap: The total is held up to rounding down and the bounds.
+:title: Gradient Intrinsic Dimensionality Alignment: Narrowing The Gap Between Low-Rank Adaptation
+    and Full Fine-Tuning
+:authors: Jingqi Ye, Haonan He, Minglei Li, Fujun Han, Tao Chen, Peng Ye
+:source: ICLR 2026 (OpenReview kObvnQ6pUx), 2026: section 3
+:verified: a public reading of the paper (papernotes, ICLR 2026) and the authors' code
+    (hhnqqq/MyTransformers, ralora.py)
 """
 
 import math
@@ -12,8 +24,8 @@ from typing import ClassVar
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting.gora import RanksOnly, check_bounds, sensitivity, share_out
-from loralab.methods.budgeting.ralora import RALORA_PAPER, RaLoRA, adalomo_step
-from loralab.recipe import Evidence, Method, Recipe, Site
+from loralab.methods.budgeting.ralora import RaLoRA, adalomo_step
+from loralab.recipe import Evidence, Site
 
 IMPORTANCE: dict[str, Callable[[Evidence], float]] = {
     "gradient": lambda evidence: sensitivity(evidence, "RaLoRA-Pro"),
@@ -53,18 +65,4 @@ class Sensitivity(RanksOnly):
         return share_out(sites, importance, self.least, self.most, self.smoothing, math.floor)
 
 
-register(
-    Method(
-        name="ralora_pro",
-        axis="budgeting",
-        recipe=Recipe(RaLoRA(), Sensitivity()),
-        paper=RALORA_PAPER,
-        summary="RaLoRA with ranks that follow mean |W ∘ G| from layer to layer",
-        equation="r_l = floor(P a_l / sqrt(d_in + d_out)), n_l = 2^floor(log2(erank(G_l) / r_l))",
-        traps=(
-            "The number of blocks follows from the layer's own rank, not from the one asked for.",
-            "r_min and r_max are GoRA's (half and four times the rank asked for).",
-            "The total is held up to rounding down and the bounds.",
-        ),
-    )
-)
+register("ralora_pro", "budgeting", __doc__, RaLoRA(), start=Sensitivity())

@@ -7,6 +7,17 @@ R_orth = ‖BᵀB - I‖² + ‖A Aᵀ - I‖² (sections 3.2 to 3.4). Ranks who
 
 The text was not to be had: formulas from the survey arXiv 2601.22708; γ, ζ, τ and log α at the
 start from LoRAFactory's code; B = 0, λ, `growth` and the steps of β and log α are ours.
+
+:summary: Random gates on the ranks learn to close under a budget on how many stay open
+:equation: dW = s B diag(g) A, g hard concrete; max over b: L + b (mean E|g|_0 - budget)^2
+:trap: The rank asked for is the budget, the mean rank that the constraint aims at; training starts
+    with 1.5 times it.
+:trap: The constraint is on all sites together; one per site would give all the same rank.
+:trap: Evaluation uses the gates without noise; training draws new ones at every step.
+:title: Structure-Aware Low-Rank Adaptation for Parameter-Efficient Fine-Tuning
+:authors: Yahao Hu, Yifei Xie, Tianfeng Wang, Man Chen, Zhisong Pan
+:source: Mathematics 11(20), 4317, doi 10.3390/math11204317, 2023: sections 3.2 to 3.5
+:verified: the survey arXiv 2601.22708 and LoRAFactory's code; the paper's text was not to be had
 """
 
 import math
@@ -21,17 +32,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import alive, due, regrow
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 from loralab.training.adamw import AdamW
 
 # The hard concrete distribution: its stretch and its temperature.
@@ -170,27 +171,4 @@ class L0Budget(Schedule):
         return [self.open(site).sum(-1) for site in sites]
 
 
-register(
-    Method(
-        name="salora",
-        axis="budgeting",
-        recipe=Recipe(SaLoRA(), rule=GateAdamW(), schedule=L0Budget()),
-        paper=Paper(
-            title="Structure-Aware Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
-            authors="Yahao Hu, Yifei Xie, Tianfeng Wang, Man Chen, Zhisong Pan",
-            year=2023,
-            venue="Mathematics 11(20), 4317, doi 10.3390/math11204317",
-            equation="sections 3.2 to 3.5",
-            verified="the survey arXiv 2601.22708 and LoRAFactory's code; the paper's text was "
-            "not to be had",
-        ),
-        summary="Random gates on the ranks learn to close under a budget on how many stay open",
-        equation="dW = s B diag(g) A, g hard concrete; max over b: L + b (mean E|g|_0 - budget)^2",
-        traps=(
-            "The rank asked for is the budget, the mean rank that the constraint aims at; training "
-            "starts with 1.5 times it.",
-            "The constraint is on all sites together; one per site would give all the same rank.",
-            "Evaluation uses the gates without noise; training draws new ones at every step.",
-        ),
-    )
-)
+register("salora", "budgeting", __doc__, SaLoRA(), rule=GateAdamW(), schedule=L0Budget())

@@ -8,6 +8,17 @@ From the authors' code (TsinghuaC3I/SoRA) and the abstract: ξ is one number the
 scripts), whatever the learning rate; `times_lr` multiplies it as in the other of their two files.
 That code also adds 10 mean|g| to the loss and thresholds twice, so that gates below 2 ξ vanish;
 neither is the proximal step and neither is here.
+
+:summary: A gate on each rank, pulled to exactly zero by a soft threshold
+:equation: dW = s B diag(g) A, g <- sign(g') max(|g'| - xi, 0)
+:trap: The rank asked for is the largest one; how many stay depends on xi times the number of steps.
+:trap: The threshold acts on the gates alone and after the step; as a term of the loss under Adam it
+    would never give exact zeros.
+:trap: Gates have no weight decay.
+:title: Sparse Low-rank Adaptation of Pre-trained Language Models
+:authors: Ning Ding, Xingtai Lv, Qiaosen Wang, Yulin Chen, Bowen Zhou, Zhiyuan Liu, Maosong Sun
+:source: arXiv 2311.11696, 2023: section 3, the proximal update of the gate
+:verified: authors' code (TsinghuaC3I/SoRA, src/lora.py and src/sparse_optimizer.py)
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,18 +32,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import due, regrow
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Hyper,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Hyper, Schedule, Site, SiteState, Tensors
 from loralab.training.adamw import AdamW
 
 
@@ -116,28 +116,4 @@ class DropZeroGates(Schedule):
         return [(site.t["gate"] != 0).sum(-1) for site in sites]
 
 
-register(
-    Method(
-        name="sora",
-        axis="budgeting",
-        recipe=Recipe(SoRA(), rule=ProximalAdamW(), schedule=DropZeroGates()),
-        paper=Paper(
-            title="Sparse Low-rank Adaptation of Pre-trained Language Models",
-            authors="Ning Ding, Xingtai Lv, Qiaosen Wang, Yulin Chen, Bowen Zhou, Zhiyuan Liu, "
-            "Maosong Sun",
-            year=2023,
-            arxiv="2311.11696",
-            equation="section 3, the proximal update of the gate",
-            verified="authors' code (TsinghuaC3I/SoRA, src/lora.py and src/sparse_optimizer.py)",
-        ),
-        summary="A gate on each rank, pulled to exactly zero by a soft threshold",
-        equation="dW = s B diag(g) A, g <- sign(g') max(|g'| - xi, 0)",
-        traps=(
-            "The rank asked for is the largest one; how many stay depends on xi times the number "
-            "of steps.",
-            "The threshold acts on the gates alone and after the step; as a term of the loss under "
-            "Adam it would never give exact zeros.",
-            "Gates have no weight decay.",
-        ),
-    )
-)
+register("sora", "budgeting", __doc__, SoRA(), rule=ProximalAdamW(), schedule=DropZeroGates())

@@ -3,6 +3,18 @@
 Eq. 4: block (i, j) is C(Δw_ij), whose first row is Δw_ij and whose further rows shift it to the
 right, so (Δw ⋆ x)_t = Σ_l Δw_l x_{t+l}, by FFT as in eq. 1. Eq. 1 also divides by the size, and the
 authors' code by the number of inputs; the published learning rates (0.05 to 7) go with that.
+
+:summary: Block-circulant update: full rank from in·out/b numbers, applied by FFT
+:equation: dW = C_blk(w) / in, block (i, j) circulant with first row w_ij
+:trap: The rank asked for has no effect; the block size b sets the number of parameters.
+:trap: Divided by the number of inputs, it needs rates of 0.1 and more.
+:trap: Column index minus row index: the transposed circulant is another model.
+:trap: The gradient for x takes the transposed circulant; PEFT's backward does not.
+:title: Parameter-Efficient Fine-Tuning via Circular Convolution
+:authors: Aochuan Chen, Jiashun Cheng, Zijing Liu, Ziqi Gao, Fugee Tsung, Yu Li, Jia Li
+:source: arXiv 2407.19342, 2024: eqs. 1, 3 and 4, algorithm A1
+:verified: paper and equality with installed PEFT (the authors' code) for outputs, weights and the
+    kernel's gradient
 """
 
 from dataclasses import dataclass
@@ -15,7 +27,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -79,27 +91,4 @@ class C3A(Form):
         return torch.fft.irfft(Y, n=b).flatten(-2).to(x.dtype)
 
 
-register(
-    Method(
-        name="c3a",
-        axis="expansion",
-        recipe=Recipe(C3A()),
-        paper=Paper(
-            title="Parameter-Efficient Fine-Tuning via Circular Convolution",
-            authors="Aochuan Chen, Jiashun Cheng, Zijing Liu, Ziqi Gao, Fugee Tsung, Yu Li, Jia Li",
-            year=2024,
-            arxiv="2407.19342",
-            equation="eqs. 1, 3 and 4, algorithm A1",
-            verified="paper and equality with installed PEFT (the authors' code) for outputs, "
-            "weights and the kernel's gradient",
-        ),
-        summary="Block-circulant update: full rank from in·out/b numbers, applied by FFT",
-        equation="dW = C_blk(w) / in, block (i, j) circulant with first row w_ij",
-        traps=(
-            "The rank asked for has no effect; the block size b sets the number of parameters.",
-            "Divided by the number of inputs, it needs rates of 0.1 and more.",
-            "Column index minus row index: the transposed circulant is another model.",
-            "The gradient for x takes the transposed circulant; PEFT's backward does not.",
-        ),
-    )
-)
+register("c3a", "expansion", __doc__, C3A())

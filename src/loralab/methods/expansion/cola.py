@@ -3,6 +3,16 @@
 Each link is tuned, its update is tied to the frozen part, and a new pair with a new optimizer goes
 on from there, as Frank-Wolfe's steps do. The paper merges into W; here the sum is the adapter's own
 frozen low-rank term. Its ablation with smaller ranks for later links is not offered.
+
+:summary: Trains a chain of pairs, each on what the ones before it left over
+:equation: dW = s (B_1 A_1 + ... + B_k A_k), pair i trained in link i
+:trap: The optimizer begins again with each link; its first Adam steps have full size.
+:trap: With one link it is LoRA.
+:title: Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning
+:authors: Wenhan Xia, Chengwei Qin, Elad Hazan
+:source: arXiv 2401.04151, 2024: section 4, algorithm 1
+:verified: the abstract and the survey arXiv 2601.22708; the paper's text was not to be had, so the
+    default length of the chain is ours
 """
 
 from collections.abc import Sequence
@@ -14,7 +24,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Method, Paper, Recipe, Schedule, SiteState
+from loralab.recipe import Schedule, SiteState
 
 
 def check_phases(piece: Any, phases: str) -> None:
@@ -76,25 +86,4 @@ class Chain(Schedule):
         return [total_rank(site, site.site.rank) for site in sites]
 
 
-register(
-    Method(
-        name="cola",
-        axis="expansion",
-        recipe=Recipe(LoRA(), schedule=Chain()),
-        paper=Paper(
-            title="Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning",
-            authors="Wenhan Xia, Chengwei Qin, Elad Hazan",
-            year=2024,
-            arxiv="2401.04151",
-            equation="section 4, algorithm 1",
-            verified="the abstract and the survey arXiv 2601.22708; the paper's text was not to be "
-            "had, so the default length of the chain is ours",
-        ),
-        summary="Trains a chain of pairs, each on what the ones before it left over",
-        equation="dW = s (B_1 A_1 + ... + B_k A_k), pair i trained in link i",
-        traps=(
-            "The optimizer begins again with each link; its first Adam steps have full size.",
-            "With one link it is LoRA.",
-        ),
-    )
-)
+register("cola", "expansion", __doc__, LoRA(), schedule=Chain())

@@ -4,6 +4,19 @@ Beside A and B, after K steps, the weight moves by their change. (The paper writ
 The steps add up to λ s (B A - B_K A_K) with the pair as it was when the motion began, so that W
 stays as it is and two small frozen factors hold its motion: dW = s [B A + λ (B̄ Ā - B_K A_K)],
 where the bars say that no gradient flows: to A and B the moving W is a constant.
+
+:summary: The weight itself also moves, by the change of B A, without its own gradient
+:equation: W <- W + lambda s (B' A' - B A) at each step after K; dW = that motion + s B A
+:trap: The motion of W takes no part in the gradient: that of A and B is LoRA's, not (1 + lambda)
+    times it.
+:trap: The changes telescope: the motion has rank 2 r at most.
+:trap: Within the first K steps it is LoRA; the paper's 500 suit its long runs.
+:trap: The paper trains it without dropout, so that W and the pair see the same input.
+:title: Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices
+:authors: Bojia Zi, Xianbiao Qi, Lingzhi Wang, Jianan Wang, Kam-Fai Wong, Lei Zhang
+:source: arXiv 2309.02411, 2023: algorithm 1
+:verified: LoRAFactory, which quotes the algorithm, and the abstract; the paper's text was not to be
+    had
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +30,7 @@ from loralab.core.stopgrad import stop_gradient
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
@@ -88,29 +101,4 @@ class StartMoving(Schedule):
             site.fixed["moving"].fill_(1.0)
 
 
-register(
-    Method(
-        name="delta_lora",
-        axis="expansion",
-        recipe=Recipe(DeltaLoRA(), schedule=StartMoving()),
-        paper=Paper(
-            title="Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank "
-            "Matrices",
-            authors="Bojia Zi, Xianbiao Qi, Lingzhi Wang, Jianan Wang, Kam-Fai Wong, Lei Zhang",
-            year=2023,
-            arxiv="2309.02411",
-            equation="algorithm 1",
-            verified="LoRAFactory, which quotes the algorithm, and the abstract; the paper's text "
-            "was not to be had",
-        ),
-        summary="The weight itself also moves, by the change of B A, without its own gradient",
-        equation="W <- W + lambda s (B' A' - B A) at each step after K; dW = that motion + s B A",
-        traps=(
-            "The motion of W takes no part in the gradient: that of A and B is LoRA's, not "
-            "(1 + lambda) times it.",
-            "The changes telescope: the motion has rank 2 r at most.",
-            "Within the first K steps it is LoRA; the paper's 500 suit its long runs.",
-            "The paper trains it without dropout, so that W and the pair see the same input.",
-        ),
-    )
-)
+register("delta_lora", "expansion", __doc__, DeltaLoRA(), schedule=StartMoving())

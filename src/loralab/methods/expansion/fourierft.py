@@ -3,6 +3,16 @@
 The n trained coefficients c stand at n random frequencies E; the rest of F is 0. E is the same in
 all layers (here: of one size). The inverse transform divides by the number of entries, as in the
 paper's algorithm 1 and unlike its eq. 3.
+
+:summary: A few trained coefficients of the update's two-dimensional Fourier transform
+:equation: dW = alpha Re(ifft2(F)), F = c at n random frequencies and 0 elsewhere
+:trap: alpha is the whole scale: it is not divided by a rank, and the rank has no effect.
+:trap: The normalised inverse transform makes dW tiny, hence alpha = 300.
+:trap: The frequencies are drawn from the trial's seed; PEFT's from a seed of their own.
+:title: Parameter-Efficient Fine-Tuning with Discrete Fourier Transform
+:authors: Ziqi Gao, Qichao Wang, Aochuan Chen, Zijing Liu, Bingzhe Wu, Liang Chen, Jia Li
+:source: arXiv 2405.03003, 2024: eqs. 2 to 4, algorithm 1
+:verified: paper and equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -13,7 +23,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 from loralab.seeds import stable_seed
 
 
@@ -80,26 +90,4 @@ class FourierFT(Form):
         return torch.fft.ifft2(F).real
 
 
-register(
-    Method(
-        name="fourierft",
-        axis="expansion",
-        recipe=Recipe(FourierFT()),
-        paper=Paper(
-            title="Parameter-Efficient Fine-Tuning with Discrete Fourier Transform",
-            authors="Ziqi Gao, Qichao Wang, Aochuan Chen, Zijing Liu, Bingzhe Wu, Liang Chen, "
-            "Jia Li",
-            year=2024,
-            arxiv="2405.03003",
-            equation="eqs. 2 to 4, algorithm 1",
-            verified="paper and equality with installed PEFT",
-        ),
-        summary="A few trained coefficients of the update's two-dimensional Fourier transform",
-        equation="dW = alpha Re(ifft2(F)), F = c at n random frequencies and 0 elsewhere",
-        traps=(
-            "alpha is the whole scale: it is not divided by a rank, and the rank has no effect.",
-            "The normalised inverse transform makes dW tiny, hence alpha = 300.",
-            "The frequencies are drawn from the trial's seed; PEFT's from a seed of their own.",
-        ),
-    )
-)
+register("fourierft", "expansion", __doc__, FourierFT())

@@ -2,6 +2,17 @@
 
 Block (i, j) maps the j-th part of the inputs to the i-th part of the outputs. The A of one input
 part are stored side by side, so that k thick products replace k² thin ones.
+
+:summary: A k x k grid of small pairs instead of one pair: higher rank at LoRA's count
+:equation: dW = s [B_ij A_ij], i, j = 1..k, each pair of rank r / k
+:trap: Slice i of input part j goes to output part i; without the exchange of i and j the update is
+    block-diagonal and of the wrong rank.
+:trap: Inputs, outputs and rank must be multiples of k.
+:trap: The hybrid ranks are part of r here and in the authors' code; PEFT adds them to r.
+:title: GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning
+:authors: Yeonjoon Jung, Daehyun Ahn, Hyungjun Kim, Taesu Kim, Eunhyeok Park
+:source: arXiv 2505.20355, 2025: section 3
+:verified: authors' code (SqueezeBits/GraLoRA), equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -13,7 +24,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -80,26 +91,4 @@ class GraLoRA(Form):
         return y + (x @ t["A_hybrid"].mT) @ t["B_hybrid"].mT if self.hybrid_rank else y
 
 
-register(
-    Method(
-        name="gralora",
-        axis="expansion",
-        recipe=Recipe(GraLoRA()),
-        paper=Paper(
-            title="GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
-            authors="Yeonjoon Jung, Daehyun Ahn, Hyungjun Kim, Taesu Kim, Eunhyeok Park",
-            year=2025,
-            arxiv="2505.20355",
-            equation="section 3",
-            verified="authors' code (SqueezeBits/GraLoRA), equality with installed PEFT",
-        ),
-        summary="A k x k grid of small pairs instead of one pair: higher rank at LoRA's count",
-        equation="dW = s [B_ij A_ij], i, j = 1..k, each pair of rank r / k",
-        traps=(
-            "Slice i of input part j goes to output part i; without the exchange of i and j the "
-            "update is block-diagonal and of the wrong rank.",
-            "Inputs, outputs and rank must be multiples of k.",
-            "The hybrid ranks are part of r here and in the authors' code; PEFT adds them to r.",
-        ),
-    )
-)
+register("gralora", "expansion", __doc__, GraLoRA())

@@ -2,6 +2,15 @@
 
 The product has exact factors of inner size r²: column (p, q) of B is B1_p ∘ B2_q, row (p, q) of A
 is A1_p ∘ A2_q. While r² is small they cost less than a dense dW, and nothing W-sized is made.
+
+:summary: The element-wise product of two low-rank products: rank up to r² at twice LoRA's count
+:equation: dW = s (B1 A1) ∘ (B2 A2)
+:trap: With B1 = B2 = 0 the gradient is zero for ever; exactly one factor may start at 0.
+:trap: (B1 A1 x) ∘ (B2 A2 x) is not (B1 A1 ∘ B2 A2) x.
+:title: FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning
+:authors: Nam Hyeon-Woo, Moon Ye-Bin, Tae-Hyun Oh
+:source: arXiv 2108.06098, 2021: section 2.1, proposition 1
+:verified: survey 2601.22708 and equality with installed PEFT; PEFT zeroes A2, we B2
 """
 
 from dataclasses import dataclass
@@ -11,7 +20,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -45,26 +54,4 @@ class LoHa(Form):
         return (x @ A.mT) @ B.mT
 
 
-register(
-    Method(
-        name="loha",
-        axis="expansion",
-        recipe=Recipe(LoHa()),
-        paper=Paper(
-            title="FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated "
-            "Learning",
-            authors="Nam Hyeon-Woo, Moon Ye-Bin, Tae-Hyun Oh",
-            year=2021,
-            arxiv="2108.06098",
-            equation="section 2.1, proposition 1",
-            verified="survey 2601.22708 and equality with installed PEFT; PEFT zeroes A2, we B2",
-        ),
-        summary="The element-wise product of two low-rank products: rank up to r² at twice LoRA's "
-        "count",
-        equation="dW = s (B1 A1) ∘ (B2 A2)",
-        traps=(
-            "With B1 = B2 = 0 the gradient is zero for ever; exactly one factor may start at 0.",
-            "(B1 A1 x) ∘ (B2 A2 x) is not (B1 A1 ∘ B2 A2) x.",
-        ),
-    )
-)
+register("loha", "expansion", __doc__, LoHa())

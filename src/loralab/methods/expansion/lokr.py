@@ -3,6 +3,16 @@
 C [u_p, u_q], B [v_p, r], A [r, v_q] for p outputs and q inputs, with u_p the largest divisor of p
 that is at most min(f, √p) and v_p = p / u_p. The low-rank block is optional in the paper; as in
 the authors' code it is one full matrix D [v_p, v_q] from r >= max(v_p, v_q) / 2 on.
+
+:summary: A Kronecker product of a small and a low-rank block: high rank, few parameters
+:equation: dW = s C kron (B A), C [u_p, u_q], u_p the largest divisor of p up to sqrt(p)
+:trap: C kron (B A) is not (B A) kron C: the low-rank block is the larger one in the paper.
+:trap: A size with no divisor near its square root (a prime) leaves C with one row.
+:trap: The rank is that of one block; from half the block's size on it has no effect.
+:title: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
+:authors: Shih-Ying Yeh, Yu-Guan Hsieh, Zhidong Gao, Bernard B W Yang, Giyeong Oh, Yanmin Gong
+:source: arXiv 2309.14859, 2023: eqs. 4 and 5, section 3.2
+:verified: paper, authors' code (KohakuBlueleaf/LyCORIS lokr.py) and equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -15,7 +25,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -78,28 +88,4 @@ class LoKr(Form):
         return (h.mT if self.low_rank == "small" else h).flatten(-2)
 
 
-register(
-    Method(
-        name="lokr",
-        axis="expansion",
-        recipe=Recipe(LoKr()),
-        paper=Paper(
-            title="Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model "
-            "Evaluation",
-            authors="Shih-Ying Yeh, Yu-Guan Hsieh, Zhidong Gao, Bernard B W Yang, Giyeong Oh, "
-            "Yanmin Gong",
-            year=2023,
-            arxiv="2309.14859",
-            equation="eqs. 4 and 5, section 3.2",
-            verified="paper, authors' code (KohakuBlueleaf/LyCORIS lokr.py) and equality with "
-            "installed PEFT",
-        ),
-        summary="A Kronecker product of a small and a low-rank block: high rank, few parameters",
-        equation="dW = s C kron (B A), C [u_p, u_q], u_p the largest divisor of p up to sqrt(p)",
-        traps=(
-            "C kron (B A) is not (B A) kron C: the low-rank block is the larger one in the paper.",
-            "A size with no divisor near its square root (a prime) leaves C with one row.",
-            "The rank is that of one block; from half the block's size on it has no effect.",
-        ),
-    )
-)
+register("lokr", "expansion", __doc__, LoKr())

@@ -2,6 +2,16 @@
 
 The paper draws A from a Gaussian; the authors' code (and PEFT) use Kaiming-uniform with a = √5,
 which is U(±1/√n) for n inputs. The code's draw is the one all later papers compare with.
+
+:summary: A trained pair of thin matrices beside each frozen weight
+:equation: dW = (alpha / r) B A, A ~ U(±1/sqrt(n)), B = 0
+:trap: With B = 0 the gradient of A is zero at step 0, so A moves one step later than B.
+:trap: The best learning rate depends on s = alpha / r; compare methods only at tuned rates.
+:title: LoRA: Low-Rank Adaptation of Large Language Models
+:authors: Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu
+    Wang, Weizhu Chen
+:source: arXiv 2106.09685, 2021: eq. 3, section 4.1
+:verified: equality with installed PEFT
 """
 
 import math
@@ -13,7 +23,7 @@ from torch import Tensor
 
 from loralab.errors import UserError, near_misses
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 SCALES = {
     "alpha/r": lambda alpha, r: alpha / r,
@@ -80,25 +90,4 @@ class LoRA(Form):
         return t["B"], t["A"]
 
 
-register(
-    Method(
-        name="lora",
-        axis="expansion",
-        recipe=Recipe(LoRA()),
-        paper=Paper(
-            title="LoRA: Low-Rank Adaptation of Large Language Models",
-            authors="Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, "
-            "Shean Wang, Lu Wang, Weizhu Chen",
-            year=2021,
-            arxiv="2106.09685",
-            equation="eq. 3, section 4.1",
-            verified="equality with installed PEFT",
-        ),
-        summary="A trained pair of thin matrices beside each frozen weight",
-        equation="dW = (alpha / r) B A, A ~ U(±1/sqrt(n)), B = 0",
-        traps=(
-            "With B = 0 the gradient of A is zero at step 0, so A moves one step later than B.",
-            "The best learning rate depends on s = alpha / r; compare methods only at tuned rates.",
-        ),
-    )
-)
+register("lora", "expansion", __doc__, LoRA())

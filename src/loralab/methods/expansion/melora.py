@@ -1,5 +1,17 @@
 """MELoRA, arXiv 2402.17263, section 3: dW = s diag(B_1 A_1, ..., B_n A_n), n mini pairs, each from
 its own n-th of the inputs to its own n-th of the outputs: rank n r with the parameters of rank r.
+
+:summary: Small pairs side by side on the diagonal: n times the rank at LoRA's count
+:equation: dW = s diag(B_1 A_1, ..., B_n A_n), each of rank r
+:trap: The rank asked for is that of one mini pair, the whole has n r, and s = alpha / r;
+    LoRAFactory gives each mini pair r / n.
+:trap: Part i of the outputs sees part i of the inputs only.
+:trap: Inputs and outputs must be multiples of n.
+:title: MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient Fine-Tuning
+:authors: Pengjie Ren, Chengshun Shi, Shiguang Wu, Mengqi Zhang, Zhaochun Ren, Maarten de Rijke,
+    Zhumin Chen, Jiahuan Pei
+:source: arXiv 2402.17263, 2024: section 3
+:verified: authors' code (ChasonShi/MELoRA), the survey arXiv 2601.22708
 """
 
 from collections.abc import Mapping
@@ -12,7 +24,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
@@ -61,27 +73,4 @@ class MELoRA(Form):
         return block_diagonal(t["B"]), block_diagonal(t["A"])
 
 
-register(
-    Method(
-        name="melora",
-        axis="expansion",
-        recipe=Recipe(MELoRA()),
-        paper=Paper(
-            title="MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient Fine-Tuning",
-            authors="Pengjie Ren, Chengshun Shi, Shiguang Wu, Mengqi Zhang, Zhaochun Ren, "
-            "Maarten de Rijke, Zhumin Chen, Jiahuan Pei",
-            year=2024,
-            arxiv="2402.17263",
-            equation="section 3",
-            verified="authors' code (ChasonShi/MELoRA), the survey arXiv 2601.22708",
-        ),
-        summary="Small pairs side by side on the diagonal: n times the rank at LoRA's count",
-        equation="dW = s diag(B_1 A_1, ..., B_n A_n), each of rank r",
-        traps=(
-            "The rank asked for is that of one mini pair, the whole has n r, and s = alpha / r; "
-            "LoRAFactory gives each mini pair r / n.",
-            "Part i of the outputs sees part i of the inputs only.",
-            "Inputs and outputs must be multiples of n.",
-        ),
-    )
-)
+register("melora", "expansion", __doc__, MELoRA())

@@ -4,6 +4,17 @@ Neither function has parameters. "rotate" (eq. 9): x is cut into pieces of r̂, 
 the rotary angles of position i, M acts on each and the results stand side by side. "share"
 (eq. 6): the pieces are added up, and M's result is repeated. The last piece is filled up from the
 beginning of x; outputs too few for the layer are repeated, too many are cut off.
+
+:summary: One square matrix between fixed compression and decompression: high rank at LoRA's count
+:equation: dW x = f_decomp(M f_comp(x)), M of side floor(sqrt((in + out) r)), M = 0
+:trap: Alpha has no effect, and the rank only sets the side of M.
+:trap: For rotations the side is made even, so up to 2 r̂ parameters fewer than LoRA's.
+:trap: M = 0 is no dead start: its gradient needs no other tensor.
+:title: MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning
+:authors: Ting Jiang, Shaohan Huang, Shengyue Luo, Zihan Zhang, Haizhen Huang, Furu Wei, Weiwei
+    Deng, Feng Sun, Qi Zhang, Deqing Wang, Fuzhen Zhuang
+:source: arXiv 2405.12130, 2024: eqs. 6 and 9
+:verified: authors' code (kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py), types 1 and 6
 """
 
 import math
@@ -15,7 +26,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -83,28 +94,4 @@ def _rotary(pieces: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-register(
-    Method(
-        name="mora",
-        axis="expansion",
-        recipe=Recipe(MoRA()),
-        paper=Paper(
-            title="MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning",
-            authors="Ting Jiang, Shaohan Huang, Shengyue Luo, Zihan Zhang, Haizhen Huang, "
-            "Furu Wei, Weiwei Deng, Feng Sun, Qi Zhang, Deqing Wang, Fuzhen Zhuang",
-            year=2024,
-            arxiv="2405.12130",
-            equation="eqs. 6 and 9",
-            verified="authors' code (kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py), types "
-            "1 and 6",
-        ),
-        summary="One square matrix between fixed compression and decompression: high rank at "
-        "LoRA's count",
-        equation="dW x = f_decomp(M f_comp(x)), M of side floor(sqrt((in + out) r)), M = 0",
-        traps=(
-            "Alpha has no effect, and the rank only sets the side of M.",
-            "For rotations the side is made even, so up to 2 r̂ parameters fewer than LoRA's.",
-            "M = 0 is no dead start: its gradient needs no other tensor.",
-        ),
-    )
-)
+register("mora", "expansion", __doc__, MoRA())

@@ -4,6 +4,17 @@ W ← W + m s B A, and the pair keeps the rest: A ← √(1 - m) A, B ← √(1 
 That is the paper's momentum-based unloading, which leaves the function as it is. m = 1 is its plain
 unloading: all of the update goes and A, B start anew. Here the unloaded part goes to the adapter's
 own frozen low-rank term, and W stays.
+
+:summary: Unloads a share of the update every now and then and trains on with the rest
+:equation: dW = s B A + U; per stage U <- U + m s B A, A, B <- sqrt(1 - m) (A, B)
+:trap: Each stage adds r ranks to the frozen term, also where they repeat old directions.
+:trap: If A and B both keep 1 - m, as in LoRAFactory, the function jumps at every stage.
+:title: PeriodicLoRA: Breaking the Low-Rank Bottleneck in LoRA Optimization
+:authors: Xiangdi Meng, Damai Dai, Weiyao Luo, Zhe Yang, Shaoxiang Wu, Xiaochen Wang, Peiyi Wang,
+    Qingxiu Dong, Liang Chen, Zhifang Sui
+:source: arXiv 2402.16141, 2024: momentum-based unloading
+:verified: the first author's training script (a fork of FastChat), the abstract, the survey arXiv
+    2601.22708 and LoRAFactory; the paper's text was not to be had
 """
 
 from collections.abc import Sequence
@@ -16,7 +27,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.cola import check_phases, forget, phase_ended, total_rank
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Method, Paper, Recipe, Schedule, SiteState
+from loralab.recipe import Schedule, SiteState
 
 
 @dataclass(frozen=True)
@@ -66,27 +77,4 @@ class Unloading(Schedule):
         return [total_rank(site, site.site.rank) for site in sites]
 
 
-register(
-    Method(
-        name="periodic_lora",
-        axis="expansion",
-        recipe=Recipe(LoRA(), schedule=Unloading()),
-        paper=Paper(
-            title="PeriodicLoRA: Breaking the Low-Rank Bottleneck in LoRA Optimization",
-            authors="Xiangdi Meng, Damai Dai, Weiyao Luo, Zhe Yang, Shaoxiang Wu, Xiaochen Wang, "
-            "Peiyi Wang, Qingxiu Dong, Liang Chen, Zhifang Sui",
-            year=2024,
-            arxiv="2402.16141",
-            equation="momentum-based unloading",
-            verified="the first author's training script (a fork of FastChat), the abstract, the "
-            "survey arXiv 2601.22708 and LoRAFactory; the paper's text was not to be had",
-        ),
-        summary="Unloads a share of the update every now and then and trains on with the rest",
-        equation="dW = s B A + U; per stage U <- U + m s B A, A, B <- sqrt(1 - m) (A, B)",
-        traps=(
-            "Each stage adds r ranks to the frozen term, also where they repeat old directions.",
-            "If A and B both keep 1 - m, as in LoRAFactory, the function jumps at every stage.",
-        ),
-        aliases=("plora",),
-    )
-)
+register("periodic_lora", "expansion", __doc__, LoRA(), schedule=Unloading(), aliases=("plora",))

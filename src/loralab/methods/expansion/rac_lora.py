@@ -5,6 +5,19 @@ A gradient step of a link is a projected one of W: W ← W - γ ∇f(W) H_A with
 the rows of the random A (right sketch), or H_B ∇f(W) with the columns of a random B (left sketch).
 The paper merges into W; here the sum is the adapter's own frozen low-rank term. Its GLUE runs have
 ten links.
+
+:summary: A chain of updates whose one factor is random and frozen, anew in each link
+:equation: dW = s (B_1 A_1 + ... + B_k A_k), A_i random and frozen, B_i trained from 0
+:trap: The frozen factor must be drawn anew in each link, or the chain never leaves its first r
+    directions.
+:trap: The paper's proofs are for gradient descent; here, as in its runs, the rule is AdamW.
+:title: Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework for Low-Rank
+    Adaptation
+:authors: Grigory Malinovsky, Umberto Michieli, Hasan Abed Al Kader Hammoud, Taha Ceritli, Hayder
+    Elesedy, Mete Ozay, Peter Richtárik
+:source: arXiv 2410.08305, 2024: algorithm 1, eqs. 3 and 4
+:verified: the abstract, a public review that quotes eqs. 3 and 4, and the description in arXiv
+    2606.13767; the paper's text was not to be had
 """
 
 from dataclasses import dataclass
@@ -17,7 +30,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.cola import Chain
 from loralab.methods.expansion.lora import check_scaling, scale_of, uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -70,28 +83,4 @@ class Asymmetric(Form):
         return t["B"], t["A"]
 
 
-register(
-    Method(
-        name="rac_lora",
-        axis="expansion",
-        recipe=Recipe(Asymmetric(), schedule=Chain(n_links=10)),
-        paper=Paper(
-            title="Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework "
-            "for Low-Rank Adaptation",
-            authors="Grigory Malinovsky, Umberto Michieli, Hasan Abed Al Kader Hammoud, "
-            "Taha Ceritli, Hayder Elesedy, Mete Ozay, Peter Richtárik",
-            year=2024,
-            arxiv="2410.08305",
-            equation="algorithm 1, eqs. 3 and 4",
-            verified="the abstract, a public review that quotes eqs. 3 and 4, and the description "
-            "in arXiv 2606.13767; the paper's text was not to be had",
-        ),
-        summary="A chain of updates whose one factor is random and frozen, anew in each link",
-        equation="dW = s (B_1 A_1 + ... + B_k A_k), A_i random and frozen, B_i trained from 0",
-        traps=(
-            "The frozen factor must be drawn anew in each link, or the chain never leaves its "
-            "first r directions.",
-            "The paper's proofs are for gradient descent; here, as in its runs, the rule is AdamW.",
-        ),
-    )
-)
+register("rac_lora", "expansion", __doc__, Asymmetric(), schedule=Chain(n_links=10))

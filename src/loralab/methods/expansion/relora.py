@@ -4,6 +4,16 @@ At the end of each phase the update is folded away, A and B start anew, most of 
 memory of them is dropped and the learning rate warms up again from 0 ("jagged" schedule). The
 paper adds s B A into W; here it goes to a frozen low-rank term, and W stays as it is. The paper
 pre-trains and begins with some full-rank steps; for fine-tuning there are none.
+
+:summary: Folds the update away and restarts several times, so that ranks add up
+:equation: dW = s (B_1 A_1 + ... + B_k A_k), each pair trained after a restart
+:trap: Without forgetting the optimizer's memory the new factors walk the old directions.
+:trap: Without the re-warm-up a pruned second moment makes the first steps far too large.
+:trap: A restart after the last step would be lost; there is none.
+:title: ReLoRA: High-Rank Training Through Low-Rank Updates
+:authors: Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky
+:source: arXiv 2307.05695, 2023: section 3, algorithm 1
+:verified: authors' code (Guitaricet/relora, training_utils.py) and the survey arXiv 2601.22708
 """
 
 from collections.abc import Sequence
@@ -16,7 +26,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.cola import total_rank
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Method, Paper, Recipe, Schedule, SiteState
+from loralab.recipe import Schedule, SiteState
 
 
 @dataclass(frozen=True)
@@ -92,26 +102,4 @@ def _largest(x: Tensor, kept: float) -> Tensor:
     return mask.view_as(x)
 
 
-register(
-    Method(
-        name="relora",
-        axis="expansion",
-        recipe=Recipe(LoRA(), schedule=ReLoRA()),
-        paper=Paper(
-            title="ReLoRA: High-Rank Training Through Low-Rank Updates",
-            authors="Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky",
-            year=2023,
-            arxiv="2307.05695",
-            equation="section 3, algorithm 1",
-            verified="authors' code (Guitaricet/relora, training_utils.py) and the survey "
-            "arXiv 2601.22708",
-        ),
-        summary="Folds the update away and restarts several times, so that ranks add up",
-        equation="dW = s (B_1 A_1 + ... + B_k A_k), each pair trained after a restart",
-        traps=(
-            "Without forgetting the optimizer's memory the new factors walk the old directions.",
-            "Without the re-warm-up a pruned second moment makes the first steps far too large.",
-            "A restart after the last step would be lost; there is none.",
-        ),
-    )
-)
+register("relora", "expansion", __doc__, LoRA(), schedule=ReLoRA())

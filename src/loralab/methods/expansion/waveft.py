@@ -2,6 +2,16 @@
 
 One level of the two-dimensional Haar transform (db1, the authors' default and the only one here):
 each 2 x 2 block of dW comes from one entry of each of S's four quadrants.
+
+:summary: A few trained coefficients of the update's wavelet transform
+:equation: dW = alpha IDWT(S), S = c at n random entries and 0 elsewhere
+:trap: alpha is the whole scale: it is not divided by a rank, and the rank has no effect.
+:trap: Sizes that are odd are padded by one before the transform and cut after it.
+:title: Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets
+:authors: Ahmet Bilican, M. Akın Yılmaz, A. Murat Tekalp, R. Gökberk Cinbiş
+:source: arXiv 2505.12532, 2025: section 3, dW = lambda IDWT(S)
+:verified: equality with installed PEFT, which is the authors' code; the paper's text was not to be
+    had
 """
 
 from dataclasses import dataclass
@@ -13,7 +23,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.fourierft import entries_seed, random_entries, to_dense
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -67,25 +77,4 @@ class WaveFT(Form):
         return D[..., : site.d_out, : site.d_in]
 
 
-register(
-    Method(
-        name="waveft",
-        axis="expansion",
-        recipe=Recipe(WaveFT()),
-        paper=Paper(
-            title="Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets",
-            authors="Ahmet Bilican, M. Akın Yılmaz, A. Murat Tekalp, R. Gökberk Cinbiş",
-            year=2025,
-            arxiv="2505.12532",
-            equation="section 3, dW = lambda IDWT(S)",
-            verified="equality with installed PEFT, which is the authors' code; the paper's text "
-            "was not to be had",
-        ),
-        summary="A few trained coefficients of the update's wavelet transform",
-        equation="dW = alpha IDWT(S), S = c at n random entries and 0 elsewhere",
-        traps=(
-            "alpha is the whole scale: it is not divided by a rank, and the rank has no effect.",
-            "Sizes that are odd are padded by one before the transform and cut after it.",
-        ),
-    )
-)
+register("waveft", "expansion", __doc__, WaveFT())

@@ -3,6 +3,17 @@
 Each booster trains the pairs of L_s randomly drawn layers for κ steps; then they join the frozen
 part and the next one begins with other layers. The paper merges into W; here the sum is the
 adapter's own frozen low-rank term. It adds the boosters unshrunk, α_t = 1.
+
+:summary: Boosting: a chain of rank-1 updates, each on a few layers drawn at random
+:equation: dW = s (B_1 A_1 + ... + B_T A_T), A_t, B_t of rank 1 and 0 outside L_s layers
+:trap: The rank asked for has no effect unless booster_rank is None: boosters have rank 1.
+:trap: A layer never drawn stays at the base; T L_s should well exceed the depth.
+:trap: The layers not drawn still compute their gradients, which are then dropped.
+:title: Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs
+:authors: Yifei Zhang, Hao Zhu, Aiwei Liu, Han Yu, Piotr Koniusz, Irwin King
+:source: arXiv 2410.19694, 2024: eq. 8
+:verified: the abstract, public reviews of the paper and the survey arXiv 2601.22708; its text was
+    not to be had, so the number of boosters is ours
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +27,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.cola import check_phases, forget, phase_ended, total_rank
 from loralab.methods.expansion.lora import LoRA, plain_pair
-from loralab.recipe import (
-    Evidence,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Start,
-    Tensors,
-)
+from loralab.recipe import Evidence, Schedule, Site, SiteState, Start, Tensors
 from loralab.training.adamw import per_slot
 
 
@@ -116,27 +117,4 @@ def _keep(gradient: Tensor, chosen: Tensor) -> None:
     gradient.masked_fill_(per_slot(chosen == 0, gradient), 0.0)
 
 
-register(
-    Method(
-        name="xgblora",
-        axis="expansion",
-        recipe=Recipe(LoRA(), WeakBooster(), schedule=Boosting()),
-        paper=Paper(
-            title="Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning "
-            "of LLMs",
-            authors="Yifei Zhang, Hao Zhu, Aiwei Liu, Han Yu, Piotr Koniusz, Irwin King",
-            year=2024,
-            arxiv="2410.19694",
-            equation="eq. 8",
-            verified="the abstract, public reviews of the paper and the survey arXiv 2601.22708; "
-            "its text was not to be had, so the number of boosters is ours",
-        ),
-        summary="Boosting: a chain of rank-1 updates, each on a few layers drawn at random",
-        equation="dW = s (B_1 A_1 + ... + B_T A_T), A_t, B_t of rank 1 and 0 outside L_s layers",
-        traps=(
-            "The rank asked for has no effect unless booster_rank is None: boosters have rank 1.",
-            "A layer never drawn stays at the base; T L_s should well exceed the depth.",
-            "The layers not drawn still compute their gradients, which are then dropped.",
-        ),
-    )
-)
+register("xgblora", "expansion", __doc__, LoRA(), start=WeakBooster(), schedule=Boosting())

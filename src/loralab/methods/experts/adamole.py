@@ -1,6 +1,17 @@
 """AdaMoLE, arXiv 2405.00361: y = W0 x + s Σ_i ω_i(x) B_i A_i x, where a threshold chooses as many
 experts as the token needs: g = softmax(W_g x), τ = τ_max σ(W_τ x + b_τ),
 ω_i = max(g_i - τ, 0) / Σ_j max(g_j - τ, 0).
+
+:summary: A learned threshold per token decides how many LoRA experts are used
+:equation: w_i = max(g_i - tau, 0) / sum_j max(g_j - tau, 0), tau = tau_max sigmoid(...)
+:trap: The number of experts at work is not fixed: all, one, or with a large max_threshold none.
+:trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
+:title: AdaMoLE: Fine-Tuning Large Language Models with Adaptive Mixture of Low-Rank Adaptation
+    Experts
+:authors: Zefang Liu, Jiahua Luo
+:source: arXiv 2405.00361, 2024: section 3, threshold function
+:verified: authors' code (zefang-liu/AdaMoLE, src/adamole/layer.py); the paper's own text was not to
+    be had
 """
 
 from dataclasses import dataclass
@@ -20,7 +31,7 @@ from loralab.methods.experts._routing import (
     mix,
     router,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -78,28 +89,4 @@ class AdaMoLE(Form):
         return self.balance * balance(excess, (excess >= 0).to(excess.dtype), t)
 
 
-register(
-    Method(
-        name="adamole",
-        axis="experts",
-        recipe=Recipe(AdaMoLE()),
-        paper=Paper(
-            title="AdaMoLE: Fine-Tuning Large Language Models with Adaptive Mixture of Low-Rank "
-            "Adaptation Experts",
-            authors="Zefang Liu, Jiahua Luo",
-            year=2024,
-            arxiv="2405.00361",
-            equation="section 3, threshold function",
-            verified="authors' code (zefang-liu/AdaMoLE, src/adamole/layer.py); the paper's own "
-            "text was not to be had",
-        ),
-        summary="A learned threshold per token decides how many LoRA experts are used",
-        equation="w_i = max(g_i - tau, 0) / sum_j max(g_j - tau, 0), tau = tau_max sigmoid(...)",
-        traps=(
-            "The number of experts at work is not fixed: all, one, or with a large max_threshold "
-            "none.",
-            "The rank is each expert's: eight experts of rank r have eight times LoRA's "
-            "parameters.",
-        ),
-    )
-)
+register("adamole", "experts", __doc__, AdaMoLE())

@@ -5,6 +5,19 @@ Slice i begins at singular value i min(m, n) / E and has d = r / E of them. The 
 s = √(3 η n / d) with n inputs. W_res = W0 - (s / E) Σ_i B_i A_i makes step 0 the base on average
 over a uniform router only; here the experts' own output under the first router is taken off, which
 is exact, and the paper's residual is an option.
+
+:summary: LoRA experts that start from disjoint slices of the weight's singular values
+:equation: B_i = U_i sqrt(S_i / (s rho)), A_i = sqrt(S_i / (s rho)) V_i^T, s = sqrt(3 eta n / d)
+:trap: The rank is that of all experts together, as in the paper; with fewer ranks than experts each
+    has one.
+:trap: alpha / r multiplies the derived scale; the default alpha = r leaves it alone.
+:trap: LoRAFactory's default is not the derived scale: there s is ceil(alpha / d) / d.
+:title: Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
+    Optimization Alignment
+:authors: Chenghao Fan, Zhenyi Lu, Sichen Liu, Chengfeng Gu, Xiaoye Qu, Wei Wei, Yu Cheng
+:source: arXiv 2502.16894, 2025: section 3, SVD-structured experts and the scaling factor
+:verified: authors' code (Facico/GOAT-PEFT, goat/peta/src/goat/layer.py) and the survey arXiv
+    2601.22708
 """
 
 import math
@@ -28,7 +41,7 @@ from loralab.methods.experts._routing import (
     top_k,
 )
 from loralab.methods.initialization.pissa import split_triplets
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -99,30 +112,4 @@ class GOAT(Form):
         return self.balance * balance(p, chosen(p, self.top_k), t)
 
 
-register(
-    Method(
-        name="goat",
-        axis="experts",
-        recipe=Recipe(GOAT()),
-        paper=Paper(
-            title="Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and "
-            "Mixture-of-Experts Optimization Alignment",
-            authors="Chenghao Fan, Zhenyi Lu, Sichen Liu, Chengfeng Gu, Xiaoye Qu, Wei Wei, "
-            "Yu Cheng",
-            year=2025,
-            arxiv="2502.16894",
-            equation="section 3, SVD-structured experts and the scaling factor",
-            verified="authors' code (Facico/GOAT-PEFT, goat/peta/src/goat/layer.py) and the "
-            "survey arXiv 2601.22708",
-        ),
-        summary="LoRA experts that start from disjoint slices of the weight's singular values",
-        equation="B_i = U_i sqrt(S_i / (s rho)), A_i = sqrt(S_i / (s rho)) V_i^T, "
-        "s = sqrt(3 eta n / d)",
-        traps=(
-            "The rank is that of all experts together, as in the paper; with fewer ranks than "
-            "experts each has one.",
-            "alpha / r multiplies the derived scale; the default alpha = r leaves it alone.",
-            "LoRAFactory's default is not the derived scale: there s is ceil(alpha / d) / d.",
-        ),
-    )
-)
+register("goat", "experts", __doc__, GOAT())

@@ -1,6 +1,16 @@
 """HydraLoRA, arXiv 2404.19245, eqs. 2 to 4: y = W0 x + s Σ_i ω_i(x) B_i A x, ω = softmax(W_g x).
 
 One A for what the data have in common, N heads B_i for what differs, mixed per token.
+
+:summary: One A and several B, mixed for every token by a trained router
+:equation: y = W x + s sum_i omega_i B_i A x, omega = softmax(W_g x)
+:trap: The weights depend on the token, so there is no dW and it cannot be merged.
+:trap: The router is trained from its second step on: while all B_i are 0 it has no gradient.
+:trap: With input dropout the router reads the dropped input; the authors' code reads the full one.
+:title: HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning
+:authors: Chunlin Tian, Zhan Shi, Zhijiang Guo, Li Li, Chengzhong Xu
+:source: arXiv 2404.19245, 2024: eqs. 2 to 4
+:verified: authors' code (Clin0212/HydraLoRA)
 """
 
 from dataclasses import dataclass
@@ -12,7 +22,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.methods.experts._routing import ROUTED_LAYERS, router
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -48,27 +58,4 @@ class HydraLoRA(Form):
         return mixed @ t["B"].mT.flatten(-3, -2)
 
 
-register(
-    Method(
-        name="hydralora",
-        axis="experts",
-        recipe=Recipe(HydraLoRA()),
-        paper=Paper(
-            title="HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
-            authors="Chunlin Tian, Zhan Shi, Zhijiang Guo, Li Li, Chengzhong Xu",
-            year=2024,
-            arxiv="2404.19245",
-            equation="eqs. 2 to 4",
-            verified="authors' code (Clin0212/HydraLoRA)",
-        ),
-        summary="One A and several B, mixed for every token by a trained router",
-        equation="y = W x + s sum_i omega_i B_i A x, omega = softmax(W_g x)",
-        traps=(
-            "The weights depend on the token, so there is no dW and it cannot be merged.",
-            "The router is trained from its second step on: while all B_i are 0 it has no "
-            "gradient.",
-            "With input dropout the router reads the dropped input; the authors' code reads the "
-            "full one.",
-        ),
-    )
-)
+register("hydralora", "experts", __doc__, HydraLoRA())

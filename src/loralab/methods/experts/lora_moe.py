@@ -2,6 +2,21 @@
 
 Localized balancing constraint: β σ²(Z) / μ(Z), Z = I ∘ Q, with Q_nm = Σ_j ω_n(x_j) over the tokens
 of sample m, and I_nm = 1 + δ if expert n and sample m are of one type and 1 - δ if not.
+
+:summary: LoRA experts under a dense router, some kept for world knowledge by a loss
+:equation: y = W x + s sum_i softmax(W_g x)_i B_i A_i x; loss + beta var(Z) / mean(Z)
+:trap: The rank is each expert's: six experts of rank r have six times LoRA's parameters.
+:trap: The weights depend on the token, so there is no dW and it cannot be merged.
+:trap: Without `given(domain=...)`, one number per row and -1 for unknown, the constraint is plain
+    balancing: no expert is kept for anything.
+:trap: The constraint sums over tokens, so it grows with the length of the sequences.
+:title: LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style Plugin
+:authors: Shihan Dou, Enyu Zhou, Yan Liu, Songyang Gao, Jun Zhao, Wei Shen, Yuhao Zhou, Zhiheng Xi,
+    Xiao Wang, Xiaoran Fan, Shiliang Pu, Jiang Zhu, Rui Zheng, Tao Gui, Qi Zhang, Xuanjing Huang
+:source: arXiv 2312.09979, 2023: section 3, localized balancing constraint
+:verified: authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py); the survey arXiv 2601.22708 for
+    the constraint; the paper's own text was not to be had, so the number of experts and the loss's
+    weights are unconfirmed
 """
 
 from dataclasses import dataclass
@@ -22,7 +37,7 @@ from loralab.methods.experts._routing import (
     router,
     top_k,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -90,32 +105,4 @@ class LoRAMoE(Form):
         return loss / mean if self.squared_mean else loss
 
 
-register(
-    Method(
-        name="lora_moe",
-        axis="experts",
-        recipe=Recipe(LoRAMoE()),
-        paper=Paper(
-            title="LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via "
-            "MoE-Style Plugin",
-            authors="Shihan Dou, Enyu Zhou, Yan Liu, Songyang Gao, Jun Zhao, Wei Shen, Yuhao Zhou, "
-            "Zhiheng Xi, Xiao Wang, Xiaoran Fan, Shiliang Pu, Jiang Zhu, Rui Zheng, Tao Gui, "
-            "Qi Zhang, Xuanjing Huang",
-            year=2023,
-            arxiv="2312.09979",
-            equation="section 3, localized balancing constraint",
-            verified="authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py); the survey "
-            "arXiv 2601.22708 for the constraint; the paper's own text was not to be had, so "
-            "the number of experts and the loss's weights are unconfirmed",
-        ),
-        summary="LoRA experts under a dense router, some kept for world knowledge by a loss",
-        equation="y = W x + s sum_i softmax(W_g x)_i B_i A_i x; loss + beta var(Z) / mean(Z)",
-        traps=(
-            "The rank is each expert's: six experts of rank r have six times LoRA's parameters.",
-            "The weights depend on the token, so there is no dW and it cannot be merged.",
-            "Without `given(domain=...)`, one number per row and -1 for unknown, the constraint is "
-            "plain balancing: no expert is kept for anything.",
-            "The constraint sums over tokens, so it grows with the length of the sequences.",
-        ),
-    )
-)
+register("lora_moe", "experts", __doc__, LoRAMoE())

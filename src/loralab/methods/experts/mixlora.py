@@ -6,6 +6,18 @@ In the paper one router reads the block's input and an expert is a whole feed-fo
 after its last layer. Here every feed-forward layer has a router that reads the layer's own input
 and mixes there; gate and up projection see the same input as in the paper, the down projection the
 mixture.
+
+:summary: Top-k LoRA experts in the feed-forward layers, plain LoRA in attention
+:equation: y = W x + s sum_(i in top k) w_i B_i A_i x; loss + a N sum_i F_i P_i
+:trap: The paper routes once per feed-forward block; here each of its layers routes.
+:trap: A layer is taken for attention if its name has 'attn' or 'attention' in it.
+:trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
+:title: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts
+:authors: Dengchun Li, Yingzi Ma, Naizheng Wang, Zhengmao Ye, Zhiyuan Cheng, Yinghao Tang, Yan
+    Zhang, Lei Duan, Jie Zuo, Cal Yang, Mingjie Tang
+:source: arXiv 2404.15159, 2024: section 3, top-k router and balance loss
+:verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; TUDB-Labs/MoE-PEFT,
+    adapters/mixlora), layer by layer instead of per block; the paper's own text was not to be had
 """
 
 from dataclasses import dataclass
@@ -27,7 +39,7 @@ from loralab.methods.experts._routing import (
     router,
     top_k,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -75,30 +87,4 @@ class MixLoRA(Form):
         return self.balance * balance(p, chosen(p, self.top_k), t)
 
 
-register(
-    Method(
-        name="mixlora",
-        axis="experts",
-        recipe=Recipe(MixLoRA()),
-        paper=Paper(
-            title="MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture "
-            "of Experts",
-            authors="Dengchun Li, Yingzi Ma, Naizheng Wang, Zhengmao Ye, Zhiyuan Cheng, "
-            "Yinghao Tang, Yan Zhang, Lei Duan, Jie Zuo, Cal Yang, Mingjie Tang",
-            year=2024,
-            arxiv="2404.15159",
-            equation="section 3, top-k router and balance loss",
-            verified="authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; TUDB-Labs/MoE-PEFT, "
-            "adapters/mixlora), layer by layer instead of per block; the paper's own text was "
-            "not to be had",
-        ),
-        summary="Top-k LoRA experts in the feed-forward layers, plain LoRA in attention",
-        equation="y = W x + s sum_(i in top k) w_i B_i A_i x; loss + a N sum_i F_i P_i",
-        traps=(
-            "The paper routes once per feed-forward block; here each of its layers routes.",
-            "A layer is taken for attention if its name has 'attn' or 'attention' in it.",
-            "The rank is each expert's: eight experts of rank r have eight times LoRA's "
-            "parameters.",
-        ),
-    )
-)
+register("mixlora", "experts", __doc__, MixLoRA())

@@ -4,6 +4,19 @@ a router that learns the domain d of a sequence: loss + η CE(W_r x̄, d), x̄ t
 The paper first trains every expert on its own domain and then all with the router. Given domains
 d, an expert sees just its own rows here too. Without, the router's softmax mixes the experts.
 The text was not to be had: x̄ and η are our reading of its abstract.
+
+:summary: One LoRA expert per domain and a router that learns to tell the domains apart
+:equation: y = W x + s B_d A_d x; loss + eta CE(W_r mean(x), d)
+:trap: The domains are `given(domain=...)`, one number per row and -1 for unknown; without them it
+    is a soft mixture over sequences.
+:trap: The router reads the whole sequence, so generating with a cache routes each new token by
+    itself unless the domain is given.
+:trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
+:title: Mixture-of-LoRAs: An Efficient Multitask Tuning for Large Language Models
+:authors: Wenfeng Feng, Chuzhan Hao, Yuewei Zhang, Yu Han, Hao Wang
+:source: arXiv 2403.03432, 2024: explicit routing by domain labels
+:verified: our reading of the abstract and of the survey arXiv 2601.22708; the text was not to be
+    had
 """
 
 from dataclasses import dataclass
@@ -21,7 +34,7 @@ from loralab.methods.experts._routing import (
     expert_tensors,
     mix,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -87,29 +100,4 @@ class MoA(Form):
         return self.router_weight * each.sum(-1) / rows.sum(-1).clamp_min(1)
 
 
-register(
-    Method(
-        name="moa",
-        axis="experts",
-        recipe=Recipe(MoA()),
-        paper=Paper(
-            title="Mixture-of-LoRAs: An Efficient Multitask Tuning for Large Language Models",
-            authors="Wenfeng Feng, Chuzhan Hao, Yuewei Zhang, Yu Han, Hao Wang",
-            year=2024,
-            arxiv="2403.03432",
-            equation="explicit routing by domain labels",
-            verified="our reading of the abstract and of the survey arXiv 2601.22708; the text "
-            "was not to be had",
-        ),
-        summary="One LoRA expert per domain and a router that learns to tell the domains apart",
-        equation="y = W x + s B_d A_d x; loss + eta CE(W_r mean(x), d)",
-        traps=(
-            "The domains are `given(domain=...)`, one number per row and -1 for unknown; without "
-            "them it is a soft mixture over sequences.",
-            "The router reads the whole sequence, so generating with a cache routes each new "
-            "token by itself unless the domain is given.",
-            "The rank is each expert's: eight experts of rank r have eight times LoRA's "
-            "parameters.",
-        ),
-    )
-)
+register("moa", "experts", __doc__, MoA())

@@ -5,6 +5,18 @@ L_c = -log exp(q·k⁺/τ) / Σ_k exp(q·k/τ): outputs of one expert are alike,
 The paper's text was not to be had: the losses are our reading of its abstract and of the survey
 arXiv 2601.22708. Here q = E_i(x_t) for every chosen expert of every token, and the keys are all
 experts' outputs on the next token of the batch, E_i's being k⁺. So the cost is linear in tokens.
+
+:summary: Top-k LoRA experts that a contrastive loss keeps from learning the same
+:equation: L_c = -log exp(q.k+ / tau) / sum_k exp(q.k / tau), q, k outputs of experts
+:trap: While all B_i are 0 every output is 0 and the contrastive loss has no gradient.
+:trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
+:trap: The name is also another paper's (arXiv 2310.18339, one expert weight per task).
+:title: MoELoRA: Contrastive Learning Guided Mixture of Experts on Parameter-Efficient Fine-Tuning
+    for Large Language Models
+:authors: Tongxu Luo, Jiahe Lei, Fangyu Lei, Weihao Liu, Shizhu He, Jun Zhao, Kang Liu
+:source: arXiv 2402.12851, 2024: experts contrastive loss
+:verified: our reading of the abstract and of the survey arXiv 2601.22708; the text was not to be
+    had, and neither were its loss weights and temperature
 """
 
 from dataclasses import dataclass
@@ -26,7 +38,7 @@ from loralab.methods.experts._routing import (
     router,
     top_k,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -87,28 +99,4 @@ class MoELoRA(Form):
         return self.balance * balance(p, selected, t) + contrast
 
 
-register(
-    Method(
-        name="moelora",
-        axis="experts",
-        recipe=Recipe(MoELoRA()),
-        paper=Paper(
-            title="MoELoRA: Contrastive Learning Guided Mixture of Experts on Parameter-Efficient "
-            "Fine-Tuning for Large Language Models",
-            authors="Tongxu Luo, Jiahe Lei, Fangyu Lei, Weihao Liu, Shizhu He, Jun Zhao, Kang Liu",
-            year=2024,
-            arxiv="2402.12851",
-            equation="experts contrastive loss",
-            verified="our reading of the abstract and of the survey arXiv 2601.22708; the text "
-            "was not to be had, and neither were its loss weights and temperature",
-        ),
-        summary="Top-k LoRA experts that a contrastive loss keeps from learning the same",
-        equation="L_c = -log exp(q.k+ / tau) / sum_k exp(q.k / tau), q, k outputs of experts",
-        traps=(
-            "While all B_i are 0 every output is 0 and the contrastive loss has no gradient.",
-            "The rank is each expert's: eight experts of rank r have eight times LoRA's "
-            "parameters.",
-            "The name is also another paper's (arXiv 2310.18339, one expert weight per task).",
-        ),
-    )
-)
+register("moelora", "experts", __doc__, MoELoRA())

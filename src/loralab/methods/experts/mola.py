@@ -2,6 +2,19 @@
 more experts in higher layers, MoLA-▽ (2468).
 
 In layer l: y = W0 x + s Σ_i ω_i(x) B_i A_i x, ω the top K of softmax(W_g x), divided by their sum.
+
+:summary: Mixtures of LoRA experts with more experts in higher layers
+:equation: y = W x + s sum_(i in top K) w_i B_i A_i x, with N_l experts in layer l
+:trap: The number of a layer is counted over the adapted layers: adapting only the upper half shifts
+    every stretch.
+:trap: Where a layer has K experts or fewer, every one of them is used for every token.
+:trap: The rank is each expert's: with "2,4,6,8" there are five per layer on average.
+:title: Higher Layers Need More LoRA Experts
+:authors: Chongyang Gao, Kezhen Chen, Jinmeng Rao, Baochen Sun, Ruibo Liu, Daiyi Peng, Yawen Zhang,
+    Xiaoyuan Guo, Jie Yang, VS Subrahmanian
+:source: arXiv 2402.08562, 2024: section 3, MoLA-▽ (2468)
+:verified: authors' settings (GCYZSL/MoLA) and TUDB-Labs/MoE-PEFT's adapters/mola; the text was not
+    to be had
 """
 
 from dataclasses import dataclass
@@ -22,7 +35,7 @@ from loralab.methods.experts._routing import (
     router,
     top_k,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -74,28 +87,4 @@ class MoLA(Form):
         return self.balance * balance(p, chosen(p, self.top_k), t)
 
 
-register(
-    Method(
-        name="mola",
-        axis="experts",
-        recipe=Recipe(MoLA()),
-        paper=Paper(
-            title="Higher Layers Need More LoRA Experts",
-            authors="Chongyang Gao, Kezhen Chen, Jinmeng Rao, Baochen Sun, Ruibo Liu, Daiyi Peng, "
-            "Yawen Zhang, Xiaoyuan Guo, Jie Yang, VS Subrahmanian",
-            year=2024,
-            arxiv="2402.08562",
-            equation="section 3, MoLA-▽ (2468)",
-            verified="authors' settings (GCYZSL/MoLA) and TUDB-Labs/MoE-PEFT's adapters/mola; "
-            "the text was not to be had",
-        ),
-        summary="Mixtures of LoRA experts with more experts in higher layers",
-        equation="y = W x + s sum_(i in top K) w_i B_i A_i x, with N_l experts in layer l",
-        traps=(
-            "The number of a layer is counted over the adapted layers: adapting only the upper "
-            "half shifts every stretch.",
-            "Where a layer has K experts or fewer, every one of them is used for every token.",
-            'The rank is each expert\'s: with "2,4,6,8" there are five per layer on average.',
-        ),
-    )
-)
+register("mola", "experts", __doc__, MoLA())

@@ -3,6 +3,16 @@
 A and B both start Kaiming-uniform and the learned scaling at 0, so that no pair is tied to
 another's directions. The text was not to be had: whether the scaling is one number per module or
 one per output is an option.
+
+:summary: Several parallel pairs whose learned scales start at 0 instead of B
+:equation: dW = s sum_i scaling_i B_i A_i, A, B Kaiming-uniform, scaling_i = 0
+:trap: There is no router: the pairs add up and merge like LoRA.
+:trap: While the scales are 0, A and B have no gradient: they move one step later.
+:trap: The rank is each pair's: three pairs of rank r have three times LoRA's parameters.
+:title: MultiLoRA: Democratizing LoRA for Better Multi-Task Learning
+:authors: Yiming Wang, Yu Lin, Xiaodong Zeng, Guannan Zhang
+:source: arXiv 2311.11501, 2023: parallel modules with scaling_i
+:verified: our reading of the abstract and of summaries; the text was not to be had
 """
 
 from dataclasses import dataclass
@@ -13,7 +23,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -53,25 +63,4 @@ class MultiLoRA(Form):
         return (t["scaling"].unsqueeze(-1) * pairs).flatten(-2), t["A"]
 
 
-register(
-    Method(
-        name="multilora",
-        axis="experts",
-        recipe=Recipe(MultiLoRA()),
-        paper=Paper(
-            title="MultiLoRA: Democratizing LoRA for Better Multi-Task Learning",
-            authors="Yiming Wang, Yu Lin, Xiaodong Zeng, Guannan Zhang",
-            year=2023,
-            arxiv="2311.11501",
-            equation="parallel modules with scaling_i",
-            verified="our reading of the abstract and of summaries; the text was not to be had",
-        ),
-        summary="Several parallel pairs whose learned scales start at 0 instead of B",
-        equation="dW = s sum_i scaling_i B_i A_i, A, B Kaiming-uniform, scaling_i = 0",
-        traps=(
-            "There is no router: the pairs add up and merge like LoRA.",
-            "While the scales are 0, A and B have no gradient: they move one step later.",
-            "The rank is each pair's: three pairs of rank r have three times LoRA's parameters.",
-        ),
-    )
-)
+register("multilora", "experts", __doc__, MultiLoRA())

@@ -4,6 +4,18 @@
 G = Dropout(softmax(W_g x)), dropping experts at random in training, and the auxiliary loss is
 mean_e (c_e / S) m_e with c_e of S tokens routed to expert e and m_e the mean of G_e. Only the
 abstract was to be had: the numbers and the order of the steps are our reading of it and of GShard.
+
+:summary: Sparse LoRA experts with limited places and expert dropout
+:equation: y = W x + s sum_(e in top K) G_e B_e A_e x, G = dropout(softmax(W_g x))
+:trap: The gates are not divided by their sum, so the update shrinks as experts are many.
+:trap: Places are given in the order of the batch: a token's update depends on those before it, in
+    training only.
+:trap: The rank is each expert's: sixteen experts of rank r have sixteen times LoRA's parameters.
+:title: SiRA: Sparse Mixture of Low Rank Adaptation
+:authors: Yun Zhu, Nevan Wichers, Chu-Cheng Lin, Xinyi Wang, Tianlong Chen, Lei Shu, Han Lu, Canoee
+    Liu, Liangchen Luo, Jindong Chen, Lei Meng
+:source: arXiv 2311.09179, 2023: top-k routing with capacity and expert dropout
+:verified: our reading of the abstract and of GShard; the text was not to be had
 """
 
 from dataclasses import dataclass
@@ -24,7 +36,7 @@ from loralab.methods.experts._routing import (
     router,
     token_mean,
 )
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -92,28 +104,4 @@ class SiRA(Form):
         return self.balance * (token_mean(selected, t) * token_mean(G, t)).mean(-1)
 
 
-register(
-    Method(
-        name="sira",
-        axis="experts",
-        recipe=Recipe(SiRA()),
-        paper=Paper(
-            title="SiRA: Sparse Mixture of Low Rank Adaptation",
-            authors="Yun Zhu, Nevan Wichers, Chu-Cheng Lin, Xinyi Wang, Tianlong Chen, Lei Shu, "
-            "Han Lu, Canoee Liu, Liangchen Luo, Jindong Chen, Lei Meng",
-            year=2023,
-            arxiv="2311.09179",
-            equation="top-k routing with capacity and expert dropout",
-            verified="our reading of the abstract and of GShard; the text was not to be had",
-        ),
-        summary="Sparse LoRA experts with limited places and expert dropout",
-        equation="y = W x + s sum_(e in top K) G_e B_e A_e x, G = dropout(softmax(W_g x))",
-        traps=(
-            "The gates are not divided by their sum, so the update shrinks as experts are many.",
-            "Places are given in the order of the batch: a token's update depends on those before "
-            "it, in training only.",
-            "The rank is each expert's: sixteen experts of rank r have sixteen times LoRA's "
-            "parameters.",
-        ),
-    )
-)
+register("sira", "experts", __doc__, SiRA())

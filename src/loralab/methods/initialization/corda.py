@@ -4,6 +4,19 @@ so W = U S Vᵀ C⁻¹ and its triplets are ordered by what the data sees of W.
 B = U √S, A = √S Vᵀ C⁻¹ with the r largest triplets ("ipm": instruction-previewed adaptation, C of
 the task's data) or the r smallest ("kpm": knowledge-preserved adaptation, C of data whose knowledge
 is to stay). W keeps the rest: the start is anchored, the update is s (B A - B0 A0).
+
+:summary: Starts from triplets of W weighed by the inputs' second moment
+:equation: W C = U S V^T, B0 = U sqrt(S/s), A0 = sqrt(S/s) V^T C^-1, top or bottom r
+:trap: kpm takes the smallest triplets, on data whose knowledge is to be kept.
+:trap: The size of C moves weight between A and B but not their product; C is a mean over tokens
+    here, a sum over each sample's tokens in PEFT.
+:trap: C⁻¹ needs the damping when there are fewer tokens than inputs.
+:title: CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
+    Parameter-Efficient Fine-tuning
+:authors: Yibo Yang, Xiaojie Li, Zhongzhu Zhou, Shuaiwen Leon Song, Jianlong Wu, Liqiang Nie,
+    Bernard Ghanem
+:source: arXiv 2406.05223, 2024: section 3
+:verified: equality with installed PEFT (after the authors' code) and the survey arXiv 2601.22708
 """
 
 from dataclasses import dataclass
@@ -16,7 +29,7 @@ from loralab.methods import register
 from loralab.methods.budgeting.eva import covariance_of
 from loralab.methods.expansion.lora import LoRA
 from loralab.methods.initialization.pissa import split_triplets
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -59,29 +72,4 @@ class CorDA(Start):
         return {name: tensor.to(evidence.weight) for name, tensor in t.items()}
 
 
-register(
-    Method(
-        name="corda",
-        axis="initialization",
-        recipe=Recipe(LoRA(), CorDA()),
-        paper=Paper(
-            title="CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for "
-            "Task-Aware Parameter-Efficient Fine-tuning",
-            authors="Yibo Yang, Xiaojie Li, Zhongzhu Zhou, Shuaiwen Leon Song, Jianlong Wu, "
-            "Liqiang Nie, Bernard Ghanem",
-            year=2024,
-            arxiv="2406.05223",
-            equation="section 3",
-            verified="equality with installed PEFT (after the authors' code) and the survey arXiv "
-            "2601.22708",
-        ),
-        summary="Starts from triplets of W weighed by the inputs' second moment",
-        equation="W C = U S V^T, B0 = U sqrt(S/s), A0 = sqrt(S/s) V^T C^-1, top or bottom r",
-        traps=(
-            "kpm takes the smallest triplets, on data whose knowledge is to be kept.",
-            "The size of C moves weight between A and B but not their product; C is a mean over "
-            "tokens here, a sum over each sample's tokens in PEFT.",
-            "C⁻¹ needs the damping when there are fewer tokens than inputs.",
-        ),
-    )
-)
+register("corda", "initialization", __doc__, LoRA(), start=CorDA())

@@ -2,6 +2,17 @@
 
 The paper leaves the pretrained weight uncorrected: the model starts at W + s B0 A0. The tuning
 study arXiv 2602.04998 subtracts s B0 A0, which is our default (`anchored`).
+
+:summary: Starts A and B both at random
+:equation: A0, B0 ~ U(±gamma/sqrt(n)), dW = s (B A - B0 A0)
+:trap: LoRAFactory's code draws within sqrt(gamma/n), the paper within gamma/sqrt(n).
+:trap: anchored=False perturbs the base before the first step, as the paper does.
+:title: Beyond Zero Initialization: Investigating the Impact of Non-Zero Initialization on LoRA
+    Fine-Tuning Dynamics
+:authors: Shiwei Li, Xiandi Luo, Xing Tang, Haozhao Wang, Hao Chen, Weihong Luo, Yuhua Li, Xiuqiang
+    He, Ruixuan Li
+:source: arXiv 2505.23194, 2025: Init[AB]
+:verified: abstract; bounds from the surveys and the tuning study's code
 """
 
 from dataclasses import dataclass
@@ -9,7 +20,7 @@ from dataclasses import dataclass
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA, uniform
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -39,26 +50,5 @@ class InitAB(Start):
 
 
 register(
-    Method(
-        name="init_ab",
-        axis="initialization",
-        recipe=Recipe(LoRA(), InitAB()),
-        paper=Paper(
-            title="Beyond Zero Initialization: Investigating the Impact of Non-Zero "
-            "Initialization on LoRA Fine-Tuning Dynamics",
-            authors="Shiwei Li, Xiandi Luo, Xing Tang, Haozhao Wang, Hao Chen, Weihong Luo, "
-            "Yuhua Li, Xiuqiang He, Ruixuan Li",
-            year=2025,
-            arxiv="2505.23194",
-            equation="Init[AB]",
-            verified="abstract; bounds from the surveys and the tuning study's code",
-        ),
-        summary="Starts A and B both at random",
-        equation="A0, B0 ~ U(±gamma/sqrt(n)), dW = s (B A - B0 A0)",
-        traps=(
-            "LoRAFactory's code draws within sqrt(gamma/n), the paper within gamma/sqrt(n).",
-            "anchored=False perturbs the base before the first step, as the paper does.",
-        ),
-        aliases=("nzlora", "init[ab]"),
-    )
+    "init_ab", "initialization", __doc__, LoRA(), start=InitAB(), aliases=("nzlora", "init[ab]")
 )

@@ -2,6 +2,17 @@
 
 The paper's analysis: B of variance Θ(1/r), independent of the width, and A = 0 learn stably but
 less than LoRA's Init[A], whose A has variance Θ(1/n) and B = 0.
+
+:summary: Starts B at random and A at zero
+:equation: A0 = 0, B0 ~ U(±1/sqrt(r)), dW = s B A
+:trap: The gradient of B is zero at step 0: here A moves first.
+:trap: B's start does not shrink with the width, so it wants smaller learning rates than LoRA's own
+    start, and the paper finds it worse.
+:title: The Impact of Initialization on LoRA Finetuning Dynamics
+:authors: Soufiane Hayou, Nikhil Ghosh, Bin Yu
+:source: arXiv 2406.08447, 2024: Init[B]
+:verified: the abstract and the survey arXiv 2601.22708; the law 1/r of B's variance is our reading,
+    the uniform draw LoRA's
 """
 
 from dataclasses import dataclass
@@ -10,7 +21,7 @@ from typing import ClassVar
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA, uniform
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -37,26 +48,4 @@ class InitB(Start):
         }
 
 
-register(
-    Method(
-        name="init_b",
-        axis="initialization",
-        recipe=Recipe(LoRA(), InitB()),
-        paper=Paper(
-            title="The Impact of Initialization on LoRA Finetuning Dynamics",
-            authors="Soufiane Hayou, Nikhil Ghosh, Bin Yu",
-            year=2024,
-            arxiv="2406.08447",
-            equation="Init[B]",
-            verified="the abstract and the survey arXiv 2601.22708; the law 1/r of B's variance "
-            "is our reading, the uniform draw LoRA's",
-        ),
-        summary="Starts B at random and A at zero",
-        equation="A0 = 0, B0 ~ U(±1/sqrt(r)), dW = s B A",
-        traps=(
-            "The gradient of B is zero at step 0: here A moves first.",
-            "B's start does not shrink with the width, so it wants smaller learning rates than "
-            "LoRA's own start, and the paper finds it worse.",
-        ),
-    )
-)
+register("init_b", "initialization", __doc__, LoRA(), start=InitB())

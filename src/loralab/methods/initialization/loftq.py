@@ -5,6 +5,16 @@ A_0 = B_0 = 0 (eqs. 6 to 9).
 The paper's A is our B and the reverse. Q is NF4 in blocks of 64 or int8 per row; the model's own W
 is left alone and does not enter: the layer computes with the codes. So step 0 is not the base but
 its quantised approximation, on purpose.
+
+:summary: A quantised base and the pair that makes up for most of its error
+:equation: W' = Q + s B A, Q_t = q(W - s B A), s B A = SVD_r(W - Q_t), T rounds
+:trap: Step 0 is the quantised approximation of the base, not the base.
+:trap: The scale divides S; PEFT leaves it out, so its start is off unless alpha = r.
+:trap: The codes belong to this pair: another pair on the same codes is another start.
+:title: LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models
+:authors: Yixiao Li, Yifan Yu, Chen Liang, Pengcheng He, Nikos Karampatziakis, Weizhu Chen, Tuo Zhao
+:source: arXiv 2310.08659, 2023: algorithm 1, eqs. 6 to 9
+:verified: paper and authors' code (yxli2123/LoftQ, utils.py)
 """
 
 from dataclasses import dataclass
@@ -18,7 +28,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
 from loralab.methods.initialization.pissa import split_triplets
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Form, Site, Start, Tensors
 
 
 def alternate(
@@ -113,26 +123,4 @@ class LoftQ(Start):
         return alternate(W, site.rank, s, self.bits, self.n_iter, pair_first=False)
 
 
-register(
-    Method(
-        name="loftq",
-        axis="initialization",
-        recipe=Recipe(QuantizedLoRA(), LoftQ()),
-        paper=Paper(
-            title="LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
-            authors="Yixiao Li, Yifan Yu, Chen Liang, Pengcheng He, Nikos Karampatziakis, "
-            "Weizhu Chen, Tuo Zhao",
-            year=2023,
-            arxiv="2310.08659",
-            equation="algorithm 1, eqs. 6 to 9",
-            verified="paper and authors' code (yxli2123/LoftQ, utils.py)",
-        ),
-        summary="A quantised base and the pair that makes up for most of its error",
-        equation="W' = Q + s B A, Q_t = q(W - s B A), s B A = SVD_r(W - Q_t), T rounds",
-        traps=(
-            "Step 0 is the quantised approximation of the base, not the base.",
-            "The scale divides S; PEFT leaves it out, so its start is off unless alpha = r.",
-            "The codes belong to this pair: another pair on the same codes is another start.",
-        ),
-    )
-)
+register("loftq", "initialization", __doc__, QuantizedLoRA(), start=LoftQ())

@@ -5,6 +5,21 @@ D estimates how far the target is from W, the first term the variance of learnin
 samples. J is the Fisher matrix in K-FAC's form: (J⁻¹)_i = (Y⁻¹)_ii Z⁻¹, with Z and Y the second
 moments of the layer's inputs and of its outputs' gradients. D is divided by its largest singular
 value and both factors by √γ, as in the authors' code (zqy0126/LoRA-DA).
+
+:summary: Starts along the natural gradient, where it stands out from sampling noise
+:equation: A0 = lowest eigenvectors of Omega = beta tr(Y^-1) Z^-1 / N - D D^T, B0 = A0^T D, D =
+    -Z^-1 G^T diag(Y^-1)
+:trap: LoRAFactory's method of this name is another one: the SVD of a few full fine-tuning steps.
+:trap: The lowest eigenvectors of Omega, not the highest.
+:trap: The model begins away from the base, and W is never corrected, unless anchored.
+:trap: Without variance and with Z = Y = I it is LoRA-One's subspace.
+:trap: Y is of each token's own gradient; the authors' code takes that of the mean loss, so small
+    beside the damping that its Y hardly differs from the identity.
+:title: LoRA-DA: Data-Aware Initialization for Low-Rank Adaptation via Asymptotic Analysis
+:authors: Qingyue Zhang, Chang Chu, Tianren Peng, Qi Li, Xiangyang Luo, Zhihao Jiang, Shao-Lun Huang
+:source: arXiv 2510.24561, 2025: algorithm 1
+:verified: authors' code (zqy0126/LoRA-DA, lora_da.py) and a public reading of the paper
+    (papernotes, ICML 2026)
 """
 
 from dataclasses import dataclass
@@ -17,7 +32,7 @@ from loralab.methods import register
 from loralab.methods.budgeting.eva import covariance_of
 from loralab.methods.budgeting.gora import gradient_of
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -71,33 +86,4 @@ class LoRADA(Start):
         return {name: (x / self.gamma**0.5).to(evidence.weight) for name, x in t.items()}
 
 
-register(
-    Method(
-        name="lora_da",
-        axis="initialization",
-        recipe=Recipe(RSLORA_FORM, LoRADA()),
-        paper=Paper(
-            title="LoRA-DA: Data-Aware Initialization for Low-Rank Adaptation via Asymptotic "
-            "Analysis",
-            authors="Qingyue Zhang, Chang Chu, Tianren Peng, Qi Li, Xiangyang Luo, Zhihao Jiang, "
-            "Shao-Lun Huang",
-            year=2025,
-            arxiv="2510.24561",
-            equation="algorithm 1",
-            verified="authors' code (zqy0126/LoRA-DA, lora_da.py) and a public reading of the "
-            "paper (papernotes, ICML 2026)",
-        ),
-        summary="Starts along the natural gradient, where it stands out from sampling noise",
-        equation="A0 = lowest eigenvectors of Omega = beta tr(Y^-1) Z^-1 / N - D D^T, B0 = A0^T D, "
-        "D = -Z^-1 G^T diag(Y^-1)",
-        traps=(
-            "LoRAFactory's method of this name is another one: the SVD of a few full fine-tuning "
-            "steps.",
-            "The lowest eigenvectors of Omega, not the highest.",
-            "The model begins away from the base, and W is never corrected, unless anchored.",
-            "Without variance and with Z = Y = I it is LoRA-One's subspace.",
-            "Y is of each token's own gradient; the authors' code takes that of the mean loss, "
-            "so small beside the damping that its Y hardly differs from the identity.",
-        ),
-    )
-)
+register("lora_da", "initialization", __doc__, RSLORA_FORM, start=LoRADA())

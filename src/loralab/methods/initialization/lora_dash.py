@@ -4,6 +4,17 @@
 
 Task-specific directions are the k largest of δ_i = |u_iᵀ ΔW v_i| / σ_i with ΔW = s B A after t
 steps ("pre-launch"); then ("dash") the Δσ_i are trained beside A and B from 0, u_i and v_i frozen.
+
+:summary: LoRA, later joined by trained changes along the directions of W it changed most
+:equation: dW = s B A + sum_i d_i u_i v_i^T, (u, v) the k largest |u^T s B A v| / sigma
+:trap: LoRA's own pair goes on: LoRAFactory's code drops it at the launch.
+:trap: Directions are chosen by relative change, which favours small singular values.
+:trap: The d_i are not scaled by alpha / r.
+:title: Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning
+:authors: Chongjie Si, Zhiyi Shi, Shifan Zhang, Xiaokang Yang, Hanspeter Pfister, Wei Shen
+:source: arXiv 2409.01035, 2024: LoRA-Dash
+:verified: authors' code (Chongjie-Si/Subspace-Tuning, tuners/lora-dash.py at cbff135); the paper's
+    text could not be read
 """
 
 from collections.abc import Sequence
@@ -16,17 +27,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    Paper,
-    Recipe,
-    Schedule,
-    Site,
-    SiteState,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
@@ -94,28 +95,4 @@ class Launch(Schedule):
             site.fixed["Vh"].copy_(Vh[top])
 
 
-register(
-    Method(
-        name="lora_dash",
-        axis="initialization",
-        recipe=Recipe(Dash(), schedule=Launch()),
-        paper=Paper(
-            title="Unleashing the Power of Task-Specific Directions in Parameter Efficient "
-            "Fine-tuning",
-            authors="Chongjie Si, Zhiyi Shi, Shifan Zhang, Xiaokang Yang, Hanspeter Pfister, "
-            "Wei Shen",
-            year=2024,
-            arxiv="2409.01035",
-            equation="LoRA-Dash",
-            verified="authors' code (Chongjie-Si/Subspace-Tuning, tuners/lora-dash.py at cbff135); "
-            "the paper's text could not be read",
-        ),
-        summary="LoRA, later joined by trained changes along the directions of W it changed most",
-        equation="dW = s B A + sum_i d_i u_i v_i^T, (u, v) the k largest |u^T s B A v| / sigma",
-        traps=(
-            "LoRA's own pair goes on: LoRAFactory's code drops it at the launch.",
-            "Directions are chosen by relative change, which favours small singular values.",
-            "The d_i are not scaled by alpha / r.",
-        ),
-    )
-)
+register("lora_dash", "initialization", __doc__, Dash(), schedule=Launch())

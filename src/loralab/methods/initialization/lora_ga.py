@@ -4,6 +4,16 @@ m^¼/√γ with m the outputs, so that the first step of B A follows full fine-t
 Split "ArB2r" (the authors' default): A0 = (m^¼/√γ) V[:, :r]ᵀ, B0 = (m^¼/√γ) U[:, r:2r]. The scale
 is rsLoRA's and the start is anchored. PEFT's version of this name is another method: it multiplies
 B by the singular values and scales B alone.
+
+:summary: Starts along the leading singular directions of the gradient
+:equation: A0 = (m^1/4 / sqrt(gamma)) V[:, :r]^T, B0 = (m^1/4 / sqrt(gamma)) U[:, r:2r]
+:trap: m is the number of outputs, for both factors.
+:trap: The singular values play no part: A0 and B0 have orthogonal rows and columns.
+:trap: The scale is alpha / sqrt(r); with alpha / r the start is sqrt(r) too small.
+:title: LoRA-GA: Low-Rank Adaptation with Gradient Approximation
+:authors: Shaowen Wang, Linxi Yu, Jian Li
+:source: arXiv 2407.05000, 2024: section 3 and algorithm 1
+:verified: authors' code (Outsider565/LoRA-GA, lora_ga_init, scale stable)
 """
 
 from dataclasses import dataclass
@@ -15,7 +25,7 @@ from loralab.errors import UserError, near_misses
 from loralab.methods import register
 from loralab.methods.initialization.pissa import fast_svd
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 # Which of the first 2r singular vectors go to A and to B, by the authors' names.
 SPLITS = {
@@ -69,25 +79,4 @@ class LoRAGA(Start):
         return {"A": factor * Vh[rows], "B": factor * U[:, columns]}
 
 
-register(
-    Method(
-        name="lora_ga",
-        axis="initialization",
-        recipe=Recipe(RSLORA_FORM, LoRAGA()),
-        paper=Paper(
-            title="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
-            authors="Shaowen Wang, Linxi Yu, Jian Li",
-            year=2024,
-            arxiv="2407.05000",
-            equation="section 3 and algorithm 1",
-            verified="authors' code (Outsider565/LoRA-GA, lora_ga_init, scale stable)",
-        ),
-        summary="Starts along the leading singular directions of the gradient",
-        equation="A0 = (m^1/4 / sqrt(gamma)) V[:, :r]^T, B0 = (m^1/4 / sqrt(gamma)) U[:, r:2r]",
-        traps=(
-            "m is the number of outputs, for both factors.",
-            "The singular values play no part: A0 and B0 have orthogonal rows and columns.",
-            "The scale is alpha / sqrt(r); with alpha / r the start is sqrt(r) too small.",
-        ),
-    )
-)
+register("lora_ga", "initialization", __doc__, RSLORA_FORM, start=LoRAGA())

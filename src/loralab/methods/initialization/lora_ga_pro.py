@@ -3,6 +3,16 @@
 LoRA-GA (arXiv 2407.05000) with half of the gradient's effective rank as each layer's rank,
 r_i = ⌊erank(G_i) / 2⌋ within [4, 512] and half the layer's smaller side, since A and B take r_i
 singular vectors each. No paper of this name could be found.
+
+:summary: LoRA-GA with the rank that each layer's gradient shows
+:equation: r_i = floor(erank(G_i) / 2), then LoRA-GA's A0 and B0
+:trap: The rank asked for plays no part: there is no budget, and layers may grow a lot.
+:trap: A layer with one input or output only gets rank 0 and is left out.
+:trap: LoRAFactory scales by alpha over the rank asked for; here it is LoRA-GA's scale.
+:title: A Unified Study of LoRA Variants
+:authors: Haonan He, Jingqi Ye, Minglei Li, Zhengbo Wang, Mengqi Li, Tao Chen, Lei Bai, Peng Ye
+:source: arXiv 2601.22708, 2026: its code LoRAFactory: lora_ga_pro.py
+:verified: LoRAFactory's code (hhnqqq/MyTransformers); no paper of this name
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +25,7 @@ from loralab.methods.budgeting.gora import gradient_of
 from loralab.methods.budgeting.ralora import effective_rank
 from loralab.methods.initialization.lora_ga import LoRAGA
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -63,26 +73,4 @@ class LoRAGAPro(Start):
         return self.plain.init(site, evidence)
 
 
-register(
-    Method(
-        name="lora_ga_pro",
-        axis="initialization",
-        recipe=Recipe(RSLORA_FORM, LoRAGAPro()),
-        paper=Paper(
-            title="A Unified Study of LoRA Variants",
-            authors="Haonan He, Jingqi Ye, Minglei Li, Zhengbo Wang, Mengqi Li, Tao Chen, Lei Bai, "
-            "Peng Ye",
-            year=2026,
-            arxiv="2601.22708",
-            equation="its code LoRAFactory: lora_ga_pro.py",
-            verified="LoRAFactory's code (hhnqqq/MyTransformers); no paper of this name",
-        ),
-        summary="LoRA-GA with the rank that each layer's gradient shows",
-        equation="r_i = floor(erank(G_i) / 2), then LoRA-GA's A0 and B0",
-        traps=(
-            "The rank asked for plays no part: there is no budget, and layers may grow a lot.",
-            "A layer with one input or output only gets rank 0 and is left out.",
-            "LoRAFactory scales by alpha over the rank asked for; here it is LoRA-GA's scale.",
-        ),
-    )
-)
+register("lora_ga_pro", "initialization", __doc__, RSLORA_FORM, start=LoRAGAPro())

@@ -3,6 +3,17 @@ B0 = √γ S_r^½ V_rᵀ with γ one over a scaling parameter (128): a rank-r st
 
 The paper's A is our B and the reverse. It starts at W + s A0 B0, one step of full fine-tuning
 ahead of the base; with `anchored=True` it starts at the base and keeps the directions only.
+
+:summary: Starts from the leading singular triplets of the negative gradient
+:equation: -G = U S V^T, B0 = U_r sqrt(S_r / (S_1 g)), A0 = sqrt(S_r / (S_1 g)) V_r^T
+:trap: The minus sign counts: the start is a step down the gradient, not up.
+:trap: Unlike LoRA-GA both factors take the first r triplets.
+:trap: The preconditioned variant is rule='rplora'.
+:title: LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models,
+    Provably and Efficiently
+:authors: Yuanhe Zhang, Fanghui Liu, Yudong Chen
+:source: arXiv 2502.01235, 2025: algorithm 1
+:verified: the paper's algorithm 1 and the authors' code (YuanheZ/LoRA-One, run_exp.py)
 """
 
 from dataclasses import dataclass
@@ -14,7 +25,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.initialization.pissa import fast_svd
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -55,26 +66,4 @@ class LoRAOne(Start):
         return {"A": root[:, None] * Vh[:r], "B": U[:, :r] * root}
 
 
-register(
-    Method(
-        name="lora_one",
-        axis="initialization",
-        recipe=Recipe(RSLORA_FORM, LoRAOne()),
-        paper=Paper(
-            title="LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language "
-            "Models, Provably and Efficiently",
-            authors="Yuanhe Zhang, Fanghui Liu, Yudong Chen",
-            year=2025,
-            arxiv="2502.01235",
-            equation="algorithm 1",
-            verified="the paper's algorithm 1 and the authors' code (YuanheZ/LoRA-One, run_exp.py)",
-        ),
-        summary="Starts from the leading singular triplets of the negative gradient",
-        equation="-G = U S V^T, B0 = U_r sqrt(S_r / (S_1 g)), A0 = sqrt(S_r / (S_1 g)) V_r^T",
-        traps=(
-            "The minus sign counts: the start is a step down the gradient, not up.",
-            "Unlike LoRA-GA both factors take the first r triplets.",
-            "The preconditioned variant is rule='rplora'.",
-        ),
-    )
-)
+register("lora_one", "initialization", __doc__, RSLORA_FORM, start=LoRAOne())

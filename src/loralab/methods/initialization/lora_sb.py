@@ -4,6 +4,19 @@ R = S_r / s from the first update of full fine-tuning, ΔW = -η sign(Σ ∇W) =
 B and A are orthonormal, so the step of R is the best one for W whatever s (theorems 3 and 5). It
 starts at W0 + U_r S_r V_rᵀ, one step of η ahead of the base, unless `anchored`.
 B R A is LoRA-XS's form, with U_r for B and V_r for A.
+
+:summary: Trains an r x r core between frozen singular vectors of the first update
+:equation: dW = s B R A, U S V^T = -eta sign(G), B = U_r, A = V_r^T frozen, R0 = S_r / s
+:trap: Only r^2 numbers are trained: ranks of 32 to 96 are usual.
+:trap: It is the sign of the summed gradient whose triplets are taken, not the gradient.
+:trap: The start depends on eta, which should be full fine-tuning's learning rate.
+:title: Initialization using Update Approximation is a Silver Bullet for Extremely Efficient
+    Low-Rank Fine-Tuning
+:authors: Kaustubh Ponkshe, Raghav Singhal, Eduard Gorbunov, Alexey Tumanov, Samuel Horvath,
+    Praneeth Vepakomma
+:source: arXiv 2411.19557, 2024: section 2, theorems 3, 5 and 6
+:verified: authors' code (RaghavSinghal10/lora-sb, utils/gradient_utils.py), a public reproduction's
+    digest of the paper, LoRAFactory's lora_sb.py
 """
 
 from dataclasses import dataclass
@@ -15,7 +28,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.initialization.pissa import fast_svd
 from loralab.methods.sharing.lora_xs import LoRAXS
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -60,28 +73,4 @@ class UpdateApproximation(Start):
         }
 
 
-register(
-    Method(
-        name="lora_sb",
-        axis="initialization",
-        recipe=Recipe(LoRAXS(), UpdateApproximation()),
-        paper=Paper(
-            title="Initialization using Update Approximation is a Silver Bullet for Extremely "
-            "Efficient Low-Rank Fine-Tuning",
-            authors="Kaustubh Ponkshe, Raghav Singhal, Eduard Gorbunov, Alexey Tumanov, "
-            "Samuel Horvath, Praneeth Vepakomma",
-            year=2024,
-            arxiv="2411.19557",
-            equation="section 2, theorems 3, 5 and 6",
-            verified="authors' code (RaghavSinghal10/lora-sb, utils/gradient_utils.py), a public "
-            "reproduction's digest of the paper, LoRAFactory's lora_sb.py",
-        ),
-        summary="Trains an r x r core between frozen singular vectors of the first update",
-        equation="dW = s B R A, U S V^T = -eta sign(G), B = U_r, A = V_r^T frozen, R0 = S_r / s",
-        traps=(
-            "Only r^2 numbers are trained: ranks of 32 to 96 are usual.",
-            "It is the sign of the summed gradient whose triplets are taken, not the gradient.",
-            "The start depends on eta, which should be full fine-tuning's learning rate.",
-        ),
-    )
-)
+register("lora_sb", "initialization", __doc__, LoRAXS(), start=UpdateApproximation())

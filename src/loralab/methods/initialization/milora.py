@@ -1,6 +1,15 @@
 """MiLoRA, arXiv 2406.09044, section 3: PiSSA's split with the r smallest singular triplets of W.
 
 W = W_p + W_m, where W_m = U_m S_m V_mᵀ holds the smallest r; B = U_m S_m^½, A = S_m^½ V_mᵀ.
+
+:summary: Starts from the trailing singular triplets of the weight
+:equation: B0 = U_m sqrt(S_m/s), A0 = sqrt(S_m/s) V_m^T, dW = s (B A - B0 A0)
+:trap: A fast SVD returns the top of the spectrum; MiLoRA needs the bottom, so it is exact.
+:trap: A rank-deficient W gives A0 = B0 = 0 in those directions, which never train.
+:title: MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning
+:authors: Hanqing Wang, Yixia Li, Shuo Wang, Guanhua Chen, Yun Chen
+:source: arXiv 2406.09044, 2024: section 3
+:verified: the survey arXiv 2601.22708 and the tuning study arXiv 2602.04998
 """
 
 from dataclasses import dataclass
@@ -10,7 +19,7 @@ import torch
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
 from loralab.methods.initialization.pissa import split_triplets
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -26,25 +35,4 @@ class MiLoRA(Start):
         return split_triplets(U[:, -r:], S[-r:], Vh[-r:], evidence.scale)
 
 
-register(
-    Method(
-        name="milora",
-        axis="initialization",
-        recipe=Recipe(LoRA(), MiLoRA()),
-        paper=Paper(
-            title="MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM "
-            "Finetuning",
-            authors="Hanqing Wang, Yixia Li, Shuo Wang, Guanhua Chen, Yun Chen",
-            year=2024,
-            arxiv="2406.09044",
-            equation="section 3",
-            verified="the survey arXiv 2601.22708 and the tuning study arXiv 2602.04998",
-        ),
-        summary="Starts from the trailing singular triplets of the weight",
-        equation="B0 = U_m sqrt(S_m/s), A0 = sqrt(S_m/s) V_m^T, dW = s (B A - B0 A0)",
-        traps=(
-            "A fast SVD returns the top of the spectrum; MiLoRA needs the bottom, so it is exact.",
-            "A rank-deficient W gives A0 = B0 = 0 in those directions, which never train.",
-        ),
-    )
-)
+register("milora", "initialization", __doc__, LoRA(), start=MiLoRA())

@@ -5,6 +5,16 @@ It starts as the Nyström approximation of W: B = W[:, :r], A = W[:r, :], N = W[
 The form is MoSLoRA's (the paper's SLoRA), whose M is N. The released code copies the block itself
 into N (the line with the pseudo-inverse is a comment there), which is `core="block"`. The start is
 anchored; the public codes do not subtract it from W.
+
+:summary: A trained core between A and B, started from slices of the weight
+:equation: dW = s (B N A - B0 N0 A0), B0 = W[:, :r], N0 = W[:r, :r]^+ / s, A0 = W[:r]
+:trap: An ill-conditioned block makes N0 huge, and with it the gradients of A and B.
+:trap: Both public codes put the block into N, not its inverse, and do not correct W.
+:title: NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models
+:authors: Chenlu Guo, Yi Chang, Yuan Wu
+:source: arXiv 2502.14482, 2025: Nyström initialization
+:verified: the abstract, the README of TracyGuo2001/NLoRA and LoRAFactory's nlora.py; the paper's
+    equations could not be read, the inverse is Nyström's own formula
 """
 
 from dataclasses import dataclass
@@ -15,7 +25,7 @@ import torch
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.optimization.moslora import MoSLoRA
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -52,25 +62,4 @@ class Nystrom(Start):
         return {"A": W[:r].clone(), "B": W[:, :r].clone(), "M": N.clone()}
 
 
-register(
-    Method(
-        name="nlora",
-        axis="initialization",
-        recipe=Recipe(MoSLoRA(), Nystrom()),
-        paper=Paper(
-            title="NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models",
-            authors="Chenlu Guo, Yi Chang, Yuan Wu",
-            year=2025,
-            arxiv="2502.14482",
-            equation="Nyström initialization",
-            verified="the abstract, the README of TracyGuo2001/NLoRA and LoRAFactory's nlora.py; "
-            "the paper's equations could not be read, the inverse is Nyström's own formula",
-        ),
-        summary="A trained core between A and B, started from slices of the weight",
-        equation="dW = s (B N A - B0 N0 A0), B0 = W[:, :r], N0 = W[:r, :r]^+ / s, A0 = W[:r]",
-        traps=(
-            "An ill-conditioned block makes N0 huge, and with it the gradients of A and B.",
-            "Both public codes put the block into N, not its inverse, and do not correct W.",
-        ),
-    )
-)
+register("nlora", "initialization", __doc__, MoSLoRA(), start=Nystrom())

@@ -5,6 +5,16 @@ B = U_r Σ_r and A = V_rᵀ of W0 = U Σ Vᵀ are frozen; A' [r', r] random and 
 The paper's text could not be read: this is the abstract (outer factors from an SVD, frozen; inner
 pair trained) with what its reviews quote. A later version weighs the SVD by activations; its weight
 is not known to us, so it is left out. LoRAFactory's nora.py is another method: it trains all four.
+
+:summary: A small LoRA between frozen singular vectors of the weight
+:equation: dW = s U_r S_r B' A' V_r^T, U, S, V of W frozen, B'0 = 0
+:trap: The rank asked for is the frozen outer one; the trained pair has half of it.
+:trap: The gradient of the inner pair is weighted by W's singular values.
+:trap: The update stays in the span of W's leading singular vectors.
+:title: NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models
+:authors: Cheng Lin, Lujun Li, Dezhi Li, Jie Zou, Wei Xue, Yike Guo
+:source: arXiv 2408.10280, 2024: our reading of the abstract
+:verified: our reading of the abstract and of the public reviews; the text was not to be had
 """
 
 from dataclasses import dataclass
@@ -16,7 +26,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -52,26 +62,4 @@ class NoRA(Form):
         return t["B_outer"] @ t["B_inner"], t["A_inner"] @ t["A_outer"]
 
 
-register(
-    Method(
-        name="nora",
-        axis="initialization",
-        recipe=Recipe(NoRA()),
-        paper=Paper(
-            title="NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models",
-            authors="Cheng Lin, Lujun Li, Dezhi Li, Jie Zou, Wei Xue, Yike Guo",
-            year=2024,
-            arxiv="2408.10280",
-            equation="our reading of the abstract",
-            verified="our reading of the abstract and of the public reviews; the text was not to "
-            "be had",
-        ),
-        summary="A small LoRA between frozen singular vectors of the weight",
-        equation="dW = s U_r S_r B' A' V_r^T, U, S, V of W frozen, B'0 = 0",
-        traps=(
-            "The rank asked for is the frozen outer one; the trained pair has half of it.",
-            "The gradient of the inner pair is weighted by W's singular values.",
-            "The update stays in the span of W's leading singular vectors.",
-        ),
-    )
-)
+register("nora", "initialization", __doc__, NoRA())

@@ -2,6 +2,14 @@
 
 B starts orthonormal. The scale is not divided out, as in the paper and its authors' PEFT code; the
 start is anchored, so no residual is stored.
+
+:summary: Starts from the QR decomposition of the weight
+:equation: B0 = Q_r, A0 = R_r, dW = s (B A - B0 A0)
+:trap: A Conv1D stores W transposed; QR is of W [out, in], not of what is stored.
+:title: OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
+:authors: Kerim Büyükakyüz
+:source: arXiv 2406.01775, 2024: section 3, algorithm 1
+:verified: installed PEFT's code (by the paper's author)
 """
 
 from dataclasses import dataclass
@@ -10,7 +18,7 @@ import torch
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -25,21 +33,4 @@ class OLoRA(Start):
         return {"A": R[: site.rank].clone(), "B": Q[:, : site.rank].clone()}
 
 
-register(
-    Method(
-        name="olora",
-        axis="initialization",
-        recipe=Recipe(LoRA(), OLoRA()),
-        paper=Paper(
-            title="OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
-            authors="Kerim Büyükakyüz",
-            year=2024,
-            arxiv="2406.01775",
-            equation="section 3, algorithm 1",
-            verified="installed PEFT's code (by the paper's author)",
-        ),
-        summary="Starts from the QR decomposition of the weight",
-        equation="B0 = Q_r, A0 = R_r, dW = s (B A - B0 A0)",
-        traps=("A Conv1D stores W transposed; QR is of W [out, in], not of what is stored.",),
-    )
-)
+register("olora", "initialization", __doc__, LoRA(), start=OLoRA())

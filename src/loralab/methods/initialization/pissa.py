@@ -2,6 +2,15 @@
 
 The paper's A is our B and the reverse. The residual W_res is not stored: the start is anchored,
 the update is s (B A - B0 A0), which is the same function and leaves W as it is.
+
+:summary: Starts from the leading singular triplets of the weight
+:equation: B0 = U_r sqrt(S_r/s), A0 = sqrt(S_r/s) V_r^T, dW = s (B A - B0 A0)
+:trap: The scale divides S once: sqrt(S/s) in each factor, or s B0 A0 is not W's top part.
+:trap: Large singular values make the loss sharp in A and B; the best rate is below LoRA's.
+:title: PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models
+:authors: Fanxu Meng, Zhaohui Wang, Muhan Zhang
+:source: arXiv 2404.02948, 2024: eqs. 2-4, section 3
+:verified: installed PEFT's code and the survey arXiv 2601.22708
 """
 
 from dataclasses import dataclass
@@ -12,7 +21,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 def split_triplets(U: Tensor, S: Tensor, Vh: Tensor, scale: float) -> Tensors:
@@ -76,25 +85,4 @@ class PiSSA(Start):
         return split_triplets(U, S, Vh, evidence.scale)
 
 
-register(
-    Method(
-        name="pissa",
-        axis="initialization",
-        recipe=Recipe(LoRA(), PiSSA()),
-        paper=Paper(
-            title="PiSSA: Principal Singular Values and Singular Vectors Adaptation of "
-            "Large Language Models",
-            authors="Fanxu Meng, Zhaohui Wang, Muhan Zhang",
-            year=2024,
-            arxiv="2404.02948",
-            equation="eqs. 2-4, section 3",
-            verified="installed PEFT's code and the survey arXiv 2601.22708",
-        ),
-        summary="Starts from the leading singular triplets of the weight",
-        equation="B0 = U_r sqrt(S_r/s), A0 = sqrt(S_r/s) V_r^T, dW = s (B A - B0 A0)",
-        traps=(
-            "The scale divides S once: sqrt(S/s) in each factor, or s B0 A0 is not W's top part.",
-            "Large singular values make the loss sharp in A and B; the best rate is below LoRA's.",
-        ),
-    )
-)
+register("pissa", "initialization", __doc__, LoRA(), start=PiSSA())

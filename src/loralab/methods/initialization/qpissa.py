@@ -4,6 +4,17 @@ W_res = W - A B at first; then T - 1 rounds of A B = SVD_r(W - nf4(W_res)), W_re
 The paper's A is our B and the reverse. LoftQ in the other order: the pair takes the principal part
 and the codes stand for what is left, whose narrower spread quantises better. In algorithm 1 the new
 W_res carries the index t - 1; the authors' code takes the pair just found, as here.
+
+:summary: Trains the principal triplets beside a quantised residual
+:equation: W' = nf4(W - s B0 A0) + s B A, s B0 A0 = SVD_r(W - nf4(...)), T rounds
+:trap: Step 0 is the quantised approximation of the base, not the base.
+:trap: Quantising W itself and adding PiSSA's pair would count the principal part twice.
+:trap: After the first round the pair is the SVD of W - nf4(W_res), not of W.
+:title: PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models
+:authors: Fanxu Meng, Zhaohui Wang, Muhan Zhang
+:source: arXiv 2404.02948, 2024: section 4, eq. 12, algorithm 1
+:verified: paper and authors' code (GraphPKU/PiSSA, utils/init_qpissa.py); the residual equals
+    installed PEFT's
 """
 
 from dataclasses import dataclass
@@ -11,7 +22,7 @@ from typing import ClassVar
 
 from loralab.methods import register
 from loralab.methods.initialization.loftq import QuantizedLoRA, alternate, check_rounds
-from loralab.recipe import Evidence, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -37,27 +48,4 @@ class QPiSSA(Start):
         return alternate(W, site.rank, s, self.bits, self.n_iter, pair_first=True)
 
 
-register(
-    Method(
-        name="qpissa",
-        axis="initialization",
-        recipe=Recipe(QuantizedLoRA(), QPiSSA()),
-        paper=Paper(
-            title="PiSSA: Principal Singular Values and Singular Vectors Adaptation of "
-            "Large Language Models",
-            authors="Fanxu Meng, Zhaohui Wang, Muhan Zhang",
-            year=2024,
-            arxiv="2404.02948",
-            equation="section 4, eq. 12, algorithm 1",
-            verified="paper and authors' code (GraphPKU/PiSSA, utils/init_qpissa.py); the residual "
-            "equals installed PEFT's",
-        ),
-        summary="Trains the principal triplets beside a quantised residual",
-        equation="W' = nf4(W - s B0 A0) + s B A, s B0 A0 = SVD_r(W - nf4(...)), T rounds",
-        traps=(
-            "Step 0 is the quantised approximation of the base, not the base.",
-            "Quantising W itself and adding PiSSA's pair would count the principal part twice.",
-            "After the first round the pair is the SVD of W - nf4(W_res), not of W.",
-        ),
-    )
-)
+register("qpissa", "initialization", __doc__, QuantizedLoRA(), start=QPiSSA())

@@ -3,6 +3,17 @@
 Algorithm 1: λ = 1, Σ = diag(N, 1, ..., 1) with N = σ(N(μ, σ²)) [r], A ~ N(0, 1/r) [in, r] and
 B = (r/α) A⁺ (I - λ Σ), which is to make λ Σ + (α/r) A B = I. But A A⁺ is a projection, so with a
 random A it does not: we measure the update from the start. The paper's A is our Aᵀ, its B our Bᵀ.
+
+:summary: A trained diagonal plus a low-rank pair in series before the frozen weight
+:equation: W' = W (I + (l S - S0) + s (B A - B0 A0)), S diagonal, in front of W
+:trap: It is in series: the pair is [in, in], and W' = W M can have full rank beside W.
+:trap: Algorithm 1's start is not the identity for a random A; without the anchor the model starts
+    off its base.
+:trap: LoRAFactory draws A from N(0, 1), the paper from N(0, 1/r).
+:title: RidgeLoRA: Matrix Ridge Enhanced Low-Rank Adaptation of Large Language Models
+:authors: Junda Zhu, Jun Ai, Yujun Li, Yichun Yin, Yasheng Wang, Lifeng Shang, Qun Liu
+:source: NeurIPS 2025, 2025: eqs. 1, 4 and 5, algorithm 1
+:verified: the paper's equations and algorithm; LoRAFactory's ridgelora.py for mu and sigma
 """
 
 from dataclasses import dataclass
@@ -13,7 +24,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -73,27 +84,4 @@ class RidgeLoRA(Form):
         return self.beta * torch.linalg.svdvals(M.nan_to_num(0.0, 0.0, 0.0)).sum(-1)
 
 
-register(
-    Method(
-        name="ridgelora",
-        axis="initialization",
-        recipe=Recipe(RidgeLoRA()),
-        paper=Paper(
-            title="RidgeLoRA: Matrix Ridge Enhanced Low-Rank Adaptation of Large Language Models",
-            authors="Junda Zhu, Jun Ai, Yujun Li, Yichun Yin, Yasheng Wang, Lifeng Shang, Qun Liu",
-            year=2025,
-            venue="NeurIPS 2025",
-            equation="eqs. 1, 4 and 5, algorithm 1",
-            verified="the paper's equations and algorithm; LoRAFactory's ridgelora.py for mu and "
-            "sigma",
-        ),
-        summary="A trained diagonal plus a low-rank pair in series before the frozen weight",
-        equation="W' = W (I + (l S - S0) + s (B A - B0 A0)), S diagonal, in front of W",
-        traps=(
-            "It is in series: the pair is [in, in], and W' = W M can have full rank beside W.",
-            "Algorithm 1's start is not the identity for a random A; without the anchor the model "
-            "starts off its base.",
-            "LoRAFactory draws A from N(0, 1), the paper from N(0, 1/r).",
-        ),
-    )
-)
+register("ridgelora", "initialization", __doc__, RidgeLoRA())

@@ -4,6 +4,19 @@ They are kept near orthonormal by L_reg = ‖U_pᵀU_p - I‖_F + ‖V_pᵀV_p -
 
 The rest W_r is not stored: the start is anchored, as PiSSA's is. The paper steps by γ ∇L_reg beside
 η ∇L, which is the weight γ / η = 4e-4 / 3e-5 in the loss.
+
+:summary: Trains W's leading singular triplets, the vectors kept near orthonormal
+:equation: dW = s (U diag(S) V^T - U0 diag(S0) V0^T) + g (|U^T U - I|^2 + |V^T V - I|^2)
+:trap: The regulariser belongs to training only, never to the reported loss.
+:trap: The authors' code averages the regulariser over all matrices; here every site has its own, as
+    in the formula.
+:trap: The weight is gamma / eta: it does not follow the learning rate.
+:title: SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large
+    Language Models
+:authors: Yang Cao, Zhao Song
+:source: arXiv 2409.00055, 2024: section on the orthonormal regularizer
+:verified: authors' code (Gunale0926/SORSA, sorsalib/src/sorsa/layer.py) and the first author's
+    explanation; the survey arXiv 2601.22708 for the squares
 """
 
 from dataclasses import dataclass
@@ -14,7 +27,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Form, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -69,28 +82,4 @@ class LeadingValues(Start):
         return {"S": torch.linalg.svdvals(evidence.weight)[: site.rank] / evidence.scale}
 
 
-register(
-    Method(
-        name="sorsa",
-        axis="initialization",
-        recipe=Recipe(SingularTriplets(), LeadingValues()),
-        paper=Paper(
-            title="SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation "
-            "of Large Language Models",
-            authors="Yang Cao, Zhao Song",
-            year=2024,
-            arxiv="2409.00055",
-            equation="section on the orthonormal regularizer",
-            verified="authors' code (Gunale0926/SORSA, sorsalib/src/sorsa/layer.py) and the first "
-            "author's explanation; the survey arXiv 2601.22708 for the squares",
-        ),
-        summary="Trains W's leading singular triplets, the vectors kept near orthonormal",
-        equation="dW = s (U diag(S) V^T - U0 diag(S0) V0^T) + g (|U^T U - I|^2 + |V^T V - I|^2)",
-        traps=(
-            "The regulariser belongs to training only, never to the reported loss.",
-            "The authors' code averages the regulariser over all matrices; here every site has "
-            "its own, as in the formula.",
-            "The weight is gamma / eta: it does not follow the learning rate.",
-        ),
-    )
-)
+register("sorsa", "initialization", __doc__, SingularTriplets(), start=LeadingValues())

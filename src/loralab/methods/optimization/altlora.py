@@ -5,6 +5,19 @@ Even steps:  g̃ = (1/s²) (BᵀB)⁻¹ ∇A,  M ← β1 (BᵀB)⁻¹ Bᵀ B₋ 
 odd steps:   g̃ = (1/s²) ∇B (AAᵀ)⁻¹,  M ← β1 M A₋ Aᵀ (AAᵀ)⁻¹ + (1 - β1) g̃,  B ← B - η (M + γ B),
 B₋ and A₋ being the other factor at the last such step. AltLoRA+ (algorithm 2) divides M by √V + ϵ,
 V the running mean of g̃².
+
+:summary: Moves A and B in turn along the projected full gradient, momentum carried along
+:equation: A <- A - lr M, M <- b1 (B^T B)^-1 B^T B_old M + (1 - b1) (B^T B)^-1 grad A / s^2
+:trap: Without the second moment a step is as long as the gradient: learning rates are those of SGD,
+    not of Adam.
+:trap: A moves first and stands still, since B = 0; B's first step is the second one.
+:trap: s enters squared: the learning rate is one of W, whatever alpha.
+:title: AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with Alternating
+    Projections
+:authors: Xin Yu, Yujia Wang, Jinghui Chen, Lingzhou Xue
+:source: arXiv 2505.12455, 2025: algorithms 1 and 2, theorems 1 and 2
+:verified: the paper's algorithms; damping from the authors' code (LucasXinYu/AltLoRA,
+    optimizer_new.py)
 """
 
 from collections.abc import Sequence
@@ -17,7 +30,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
+from loralab.recipe import Hyper, Rule, SiteState
 from loralab.training.adamw import adamw_step, check_moments, per_slot
 from loralab.training.gram import inverse_gram, others, turned
 
@@ -86,28 +99,4 @@ class AltLoRA(Rule):
         U.copy_(torch.where(per_slot(turn & (hyper.lr > 0), U), moved, U))
 
 
-register(
-    Method(
-        name="altlora",
-        axis="optimization",
-        recipe=Recipe(LoRA(), rule=AltLoRA()),
-        paper=Paper(
-            title="AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with "
-            "Alternating Projections",
-            authors="Xin Yu, Yujia Wang, Jinghui Chen, Lingzhou Xue",
-            year=2025,
-            arxiv="2505.12455",
-            equation="algorithms 1 and 2, theorems 1 and 2",
-            verified="the paper's algorithms; damping from the authors' code "
-            "(LucasXinYu/AltLoRA, optimizer_new.py)",
-        ),
-        summary="Moves A and B in turn along the projected full gradient, momentum carried along",
-        equation="A <- A - lr M, M <- b1 (B^T B)^-1 B^T B_old M + (1 - b1) (B^T B)^-1 grad A / s^2",
-        traps=(
-            "Without the second moment a step is as long as the gradient: learning rates are those "
-            "of SGD, not of Adam.",
-            "A moves first and stands still, since B = 0; B's first step is the second one.",
-            "s enters squared: the learning rate is one of W, whatever alpha.",
-        ),
-    )
-)
+register("altlora", "optimization", __doc__, LoRA(), rule=AltLoRA())

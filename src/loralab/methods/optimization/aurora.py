@@ -2,6 +2,17 @@
 
 σ(z) = tanh(W_p tanh(z)) + W_s s(z): a fixed part with a trained r x r projection, and a learned
 part from the B-spline basis functions of z on a uniform grid over [-1, 1], s_j(z) = Σ_i B_j(z_i).
+
+:summary: A tanh and a learned spline between A and B
+:equation: y = W x + s B (tanh(W_p tanh(A x)) + W_s s(A x))
+:trap: It is not linear in x, so there is no dW and it cannot be merged.
+:trap: The splines are 0 where |A x| is well above 1: such inputs only see the tanh part.
+:trap: Each basis function is summed over the r inputs before W_s.
+:title: AuroRA: Breaking Low-Rank Bottleneck of LoRA with Nonlinear Mapping
+:authors: Haonan Dong, Wenhao Zhu, Guojie Song, Liang Wang
+:source: arXiv 2505.18738, 2025: section 3.2
+:verified: survey arXiv 2601.22708, LoRAFactory (aurora.py), and equal numbers from the package
+    aurora-peft, made from the authors' code; the paper's text was not to be had
 """
 
 from dataclasses import dataclass
@@ -13,7 +24,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 def b_splines(z: Tensor, grid: int, order: int) -> Tensor:
@@ -72,26 +83,4 @@ class AuroRA(Form):
         return (fixed + learned) @ t["B"].mT
 
 
-register(
-    Method(
-        name="aurora",
-        axis="optimization",
-        recipe=Recipe(AuroRA()),
-        paper=Paper(
-            title="AuroRA: Breaking Low-Rank Bottleneck of LoRA with Nonlinear Mapping",
-            authors="Haonan Dong, Wenhao Zhu, Guojie Song, Liang Wang",
-            year=2025,
-            arxiv="2505.18738",
-            equation="section 3.2",
-            verified="survey arXiv 2601.22708, LoRAFactory (aurora.py), and equal numbers from the "
-            "package aurora-peft, made from the authors' code; the paper's text was not to be had",
-        ),
-        summary="A tanh and a learned spline between A and B",
-        equation="y = W x + s B (tanh(W_p tanh(A x)) + W_s s(A x))",
-        traps=(
-            "It is not linear in x, so there is no dW and it cannot be merged.",
-            "The splines are 0 where |A x| is well above 1: such inputs only see the tanh part.",
-            "Each basis function is summed over the r inputs before W_s.",
-        ),
-    )
-)
+register("aurora", "optimization", __doc__, AuroRA())

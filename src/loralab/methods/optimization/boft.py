@@ -3,6 +3,18 @@
 The butterfly component B̃(d, k) couples sub-blocks of b/2 inputs that lie k/2 apart in groups of
 k: a block-diagonal rotation of b x b blocks (Cayley, as in OFT) between two permutations.
 BOFT(1, b) is OFT with block size b; m = log2(2d/b) makes R dense.
+
+:summary: Turns the layer's input by a product of butterfly rotations
+:equation: W' = W R^T, R = B(d, 2^m) ... B(d, 2), each a permuted block-diagonal rotation
+:trap: Without a permutation between them, m block-diagonal factors are one block-diagonal.
+:trap: PEFT sets m to 1 without its CUDA extension, whatever was asked for.
+:trap: b counts inputs of a rotated block; the paper's sub-blocks are b/2 wide.
+:title: Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization
+:authors: Weiyang Liu, Zeju Qiu, Yao Feng, Yuliang Xiu, Yuxuan Xue, Longhui Yu, Haiwen Feng, Zhen
+    Liu, Juyeon Heo, Songyou Peng, Yandong Wen, Michael J. Black, Adrian Weller, Bernhard Schölkopf
+:source: arXiv 2311.06243, 2023: section 4, eqs. 1 and 2
+:verified: paper; equality with installed PEFT (m = 1, its Cayley map transposed) and with its
+    permutations (m > 1)
 """
 
 from dataclasses import dataclass
@@ -14,7 +26,7 @@ from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.optimization.oft import cayley, skew, turn
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 def component(x: Tensor, R: Tensor, k: int) -> Tensor:
@@ -77,28 +89,4 @@ class BOFT(Form):
         return (y * t["s"].unsqueeze(-2)).to(y.dtype) if self.rescale else y
 
 
-register(
-    Method(
-        name="boft",
-        axis="optimization",
-        recipe=Recipe(BOFT()),
-        paper=Paper(
-            title="Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization",
-            authors="Weiyang Liu, Zeju Qiu, Yao Feng, Yuliang Xiu, Yuxuan Xue, Longhui Yu, "
-            "Haiwen Feng, Zhen Liu, Juyeon Heo, Songyou Peng, Yandong Wen, Michael J. Black, "
-            "Adrian Weller, Bernhard Schölkopf",
-            year=2023,
-            arxiv="2311.06243",
-            equation="section 4, eqs. 1 and 2",
-            verified="paper; equality with installed PEFT (m = 1, its Cayley map transposed) and "
-            "with its permutations (m > 1)",
-        ),
-        summary="Turns the layer's input by a product of butterfly rotations",
-        equation="W' = W R^T, R = B(d, 2^m) ... B(d, 2), each a permuted block-diagonal rotation",
-        traps=(
-            "Without a permutation between them, m block-diagonal factors are one block-diagonal.",
-            "PEFT sets m to 1 without its CUDA extension, whatever was asked for.",
-            "b counts inputs of a rotated block; the paper's sub-blocks are b/2 wide.",
-        ),
-    )
-)
+register("boft", "optimization", __doc__, BOFT())

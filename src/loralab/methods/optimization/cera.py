@@ -3,6 +3,16 @@
 SiLU(z) = z sigmoid(z) gates each of the r features by itself and stays at inference; dropout acts
 on the r features in training only. Our reading of the abstract: the text was not to be had, nor
 its dropout rate (0.1 is our choice), factor (α / r as in LoRA) or start (LoRA's).
+
+:summary: A SiLU gate and dropout between A and B
+:equation: y = W x + s B drop(SiLU(A x))
+:trap: It is not linear in x, so there is no dW and it cannot be merged.
+:trap: SiLU(z) is about z / 2 near 0: half of LoRA's update while A x is small.
+:trap: Dropout acts on the r features, not on the input as LoRA's does.
+:title: CeRA: Overcoming the Linear Ceiling of Low-Rank Adaptation via Capacity Expansion
+:authors: Hung-Hsuan Chen
+:source: arXiv 2602.22911, 2026: our reading of the abstract
+:verified: our reading of the abstract; the text was not to be had
 """
 
 from dataclasses import dataclass
@@ -15,7 +25,7 @@ from torch.nn.functional import silu
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -50,26 +60,4 @@ class CeRA(Form):
         return h @ t["B"].mT
 
 
-register(
-    Method(
-        name="cera",
-        axis="optimization",
-        recipe=Recipe(CeRA()),
-        paper=Paper(
-            title="CeRA: Overcoming the Linear Ceiling of Low-Rank Adaptation via Capacity "
-            "Expansion",
-            authors="Hung-Hsuan Chen",
-            year=2026,
-            arxiv="2602.22911",
-            equation="our reading of the abstract",
-            verified="our reading of the abstract; the text was not to be had",
-        ),
-        summary="A SiLU gate and dropout between A and B",
-        equation="y = W x + s B drop(SiLU(A x))",
-        traps=(
-            "It is not linear in x, so there is no dW and it cannot be merged.",
-            "SiLU(z) is about z / 2 near 0: half of LoRA's update while A x is small.",
-            "Dropout acts on the r features, not on the input as LoRA's does.",
-        ),
-    )
-)
+register("cera", "optimization", __doc__, CeRA())

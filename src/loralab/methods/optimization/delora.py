@@ -3,6 +3,17 @@
 Every rank-one term has norm 1, so λ ‖W‖ bounds the update's length and B, A learn its direction.
 λ is trained. Eq. 9 subtracts the update's first value from W; here the start is anchored instead,
 which is the same function and leaves W as it is.
+
+:summary: Bounds the update: directions are normalised, one trained number is its strength
+:equation: dW = (lambda |W| / r) sum_i b_i a_i^T / (|b_i| |a_i|), minus its first value
+:trap: B = 0 has no direction: a floor under |b| makes the first gradients huge.
+:trap: The bound holds for the update before its first value is subtracted.
+:trap: The paper trains lambda at half the rate of A and B, and these at 1e-2.
+:title: DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation
+:authors: Massimo Bini, Leander Girrbach, Zeynep Akata
+:source: arXiv 2503.18225, 2025: eqs. 5, 8 and 9, section 2.2, appendix B
+:verified: paper and equality with installed PEFT (authors' code) for the form; PEFT starts from B =
+    0 with a floor on the norms, the paper advises against it
 """
 
 from dataclasses import dataclass
@@ -13,7 +24,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Form, Site, Start, Tensors
 
 
 @dataclass(frozen=True)
@@ -66,26 +77,4 @@ class DeLoRAStart(Start):
         return {"B": uniform(evidence, "B", site.d_out, site.rank, bound=site.rank**-0.5)}
 
 
-register(
-    Method(
-        name="delora",
-        axis="optimization",
-        recipe=Recipe(DeLoRA(), DeLoRAStart()),
-        paper=Paper(
-            title="DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation",
-            authors="Massimo Bini, Leander Girrbach, Zeynep Akata",
-            year=2025,
-            arxiv="2503.18225",
-            equation="eqs. 5, 8 and 9, section 2.2, appendix B",
-            verified="paper and equality with installed PEFT (authors' code) for the form; PEFT "
-            "starts from B = 0 with a floor on the norms, the paper advises against it",
-        ),
-        summary="Bounds the update: directions are normalised, one trained number is its strength",
-        equation="dW = (lambda |W| / r) sum_i b_i a_i^T / (|b_i| |a_i|), minus its first value",
-        traps=(
-            "B = 0 has no direction: a floor under |b| makes the first gradients huge.",
-            "The bound holds for the update before its first value is subtracted.",
-            "The paper trains lambda at half the rate of A and B, and these at 1e-2.",
-        ),
-    )
-)
+register("delora", "optimization", __doc__, DeLoRA(), start=DeLoRAStart())

@@ -2,6 +2,17 @@
 
 The norm is per output (the paper's columns of a transposed W are our rows), and section 4.3 holds
 it constant in the backward pass.
+
+:summary: Trains the length of each weight row apart from its direction
+:equation: W' = m (W + s B A) / |W + s B A| per output row, m0 = |W|
+:trap: The norm is over the inputs of each output row, not over the whole matrix.
+:trap: The norm is constant in the backward pass; without that the gradient is another one.
+:trap: m is neither A nor B: LoRA+'s ratio does not touch it.
+:title: DoRA: Weight-Decomposed Low-Rank Adaptation
+:authors: Shih-Yang Liu, Chien-Yi Wang, Hongxu Yin, Pavlo Molchanov, Yu-Chiang Frank Wang,
+    Kwang-Ting Cheng, Min-Hung Chen
+:source: arXiv 2402.09353, 2024: eqs. 5 and 11
+:verified: equality with installed PEFT (use_dora)
 """
 
 from dataclasses import dataclass
@@ -13,7 +24,7 @@ from torch import Tensor
 from loralab.core.stopgrad import stop_gradient
 from loralab.methods import register
 from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -55,26 +66,4 @@ class DoRA(Form):
         return t["m"] / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-register(
-    Method(
-        name="dora",
-        axis="optimization",
-        recipe=Recipe(DoRA()),
-        paper=Paper(
-            title="DoRA: Weight-Decomposed Low-Rank Adaptation",
-            authors="Shih-Yang Liu, Chien-Yi Wang, Hongxu Yin, Pavlo Molchanov, "
-            "Yu-Chiang Frank Wang, Kwang-Ting Cheng, Min-Hung Chen",
-            year=2024,
-            arxiv="2402.09353",
-            equation="eqs. 5 and 11",
-            verified="equality with installed PEFT (use_dora)",
-        ),
-        summary="Trains the length of each weight row apart from its direction",
-        equation="W' = m (W + s B A) / |W + s B A| per output row, m0 = |W|",
-        traps=(
-            "The norm is over the inputs of each output row, not over the whole matrix.",
-            "The norm is constant in the backward pass; without that the gradient is another one.",
-            "m is neither A nor B: LoRA+'s ratio does not touch it.",
-        ),
-    )
-)
+register("dora", "optimization", __doc__, DoRA())

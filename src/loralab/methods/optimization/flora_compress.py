@@ -5,6 +5,19 @@ LoRA with a frozen A takes just this gradient, ∂L/∂B = s G Aᵀ, and steps o
 M A. So G is never formed: B is trained, and at each new draw B A is folded into the adapter's own
 frozen low-rank term, while W stays. Ours is the form with a single scale per matrix, the
 root mean square of M A, in the place of Adafactor's second moments; those need the dense G.
+
+:summary: Momentum compressed by a random projection that is drawn anew now and then
+:equation: W <- W - lr M A / rms(M A), M <- beta M + (1 - beta) G A^T, A ~ N(0, 1/r)
+:trap: Each new projection adds r ranks to the frozen term; one projection alone has rank r.
+:trap: Without M A_old A_new^T the momentum of the old basis is noise in the new one.
+:trap: The step is in W, so a scale s other than 1 multiplies it; keep alpha = r.
+:trap: The authors' code adds the uncompressed gradient to each step; that needs the dense gradient,
+    and here all of a step passes the projection, as in the algorithm.
+:title: Flora: Low-Rank Adapters Are Secretly Gradient Compressors
+:authors: Yongchang Hao, Yanshuai Cao, Lili Mou
+:source: arXiv 2402.03293, 2024: algorithm 2
+:verified: authors' code (BorealisAI/flora-opt) for draw, transfer, β and κ, and the abstract; the
+    paper's text was not to be had
 """
 
 from collections.abc import Sequence
@@ -18,7 +31,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.cola import forget
 from loralab.methods.expansion.rac_lora import Asymmetric
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, Schedule, SiteState
+from loralab.recipe import Hyper, Rule, Schedule, SiteState
 from loralab.training.adamw import per_slot
 
 
@@ -106,27 +119,10 @@ class Resampling(Schedule):
 
 
 register(
-    Method(
-        name="flora_compress",
-        axis="optimization",
-        recipe=Recipe(Asymmetric(distribution="normal"), rule=Compressed(), schedule=Resampling()),
-        paper=Paper(
-            title="Flora: Low-Rank Adapters Are Secretly Gradient Compressors",
-            authors="Yongchang Hao, Yanshuai Cao, Lili Mou",
-            year=2024,
-            arxiv="2402.03293",
-            equation="algorithm 2",
-            verified="authors' code (BorealisAI/flora-opt) for draw, transfer, β and κ, and the "
-            "abstract; the paper's text was not to be had",
-        ),
-        summary="Momentum compressed by a random projection that is drawn anew now and then",
-        equation="W <- W - lr M A / rms(M A), M <- beta M + (1 - beta) G A^T, A ~ N(0, 1/r)",
-        traps=(
-            "Each new projection adds r ranks to the frozen term; one projection alone has rank r.",
-            "Without M A_old A_new^T the momentum of the old basis is noise in the new one.",
-            "The step is in W, so a scale s other than 1 multiplies it; keep alpha = r.",
-            "The authors' code adds the uncompressed gradient to each step; that needs the dense "
-            "gradient, and here all of a step passes the projection, as in the algorithm.",
-        ),
-    )
+    "flora_compress",
+    "optimization",
+    __doc__,
+    Asymmetric(distribution="normal"),
+    rule=Compressed(),
+    schedule=Resampling(),
 )

@@ -3,6 +3,17 @@
 The Tucker form for a matrix: G = 0 at the start, A and B random and trained. For convolutions the
 paper keeps the kernel's axes (G and two more factors in four dimensions), which a layer seen as one
 matrix does not show; so Conv2d is left out. Another FLoRA, arXiv 2402.03293, compresses gradients.
+
+:summary: A core matrix that starts at 0 between two random, trained factors
+:equation: dW = s B G A, G [r, r] = 0, A and B ~ N(0, 1/(2r))
+:trap: Only the core has a gradient at step 0; A and B follow once it has moved.
+:trap: A's entries are of size 1/sqrt(2r), far above LoRA's 1/sqrt(n): s acts accordingly.
+:title: Maintaining Structural Integrity in Parameter Spaces for Parameter Efficient Fine-tuning
+:authors: Chongjie Si, Xuehui Wang, Xue Yang, Zhengqin Xu, Qingyun Li, Jifeng Dai, Yu Qiao, Xiaokang
+    Yang, Wei Shen
+:source: arXiv 2405.14739, 2024: section 3, Tucker form of order two
+:verified: authors' code (SJTU-DeepVisionLab/FLoRA flora/layers.py); the paper's text was not to be
+    had
 """
 
 from dataclasses import dataclass
@@ -12,7 +23,7 @@ import torch
 from torch import Tensor
 
 from loralab.methods import register
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -40,27 +51,4 @@ class FLoRACore(Form):
         return t["B"] @ t["G"], t["A"]
 
 
-register(
-    Method(
-        name="flora_core",
-        axis="optimization",
-        recipe=Recipe(FLoRACore()),
-        paper=Paper(
-            title="Maintaining Structural Integrity in Parameter Spaces for Parameter Efficient "
-            "Fine-tuning",
-            authors="Chongjie Si, Xuehui Wang, Xue Yang, Zhengqin Xu, Qingyun Li, Jifeng Dai, "
-            "Yu Qiao, Xiaokang Yang, Wei Shen",
-            year=2024,
-            arxiv="2405.14739",
-            equation="section 3, Tucker form of order two",
-            verified="authors' code (SJTU-DeepVisionLab/FLoRA flora/layers.py); the paper's text "
-            "was not to be had",
-        ),
-        summary="A core matrix that starts at 0 between two random, trained factors",
-        equation="dW = s B G A, G [r, r] = 0, A and B ~ N(0, 1/(2r))",
-        traps=(
-            "Only the core has a gradient at step 0; A and B follow once it has moved.",
-            "A's entries are of size 1/sqrt(2r), far above LoRA's 1/sqrt(n): s acts accordingly.",
-        ),
-    )
-)
+register("flora_core", "optimization", __doc__, FLoRACore())

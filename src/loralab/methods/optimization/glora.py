@@ -4,6 +4,17 @@ W0 A is element-wise in the authors' code, and A and B are each low-rank ("lora"
 per output ("vector"), one number ("constant") or absent ("none"). The paper searches over these per
 layer (evolution on a supernet); here one choice holds for all. The bias paths C, D, E are not
 built: an adapter here leaves biases as they are.
+
+:summary: Scales W entry by entry by a low-rank matrix, and shifts it by another
+:equation: dW = W ∘ (A_d A_u) + B_d B_u
+:trap: W A is element-wise, not a matrix product.
+:trap: Both A_d and B_d start at 0, so both A_u and B_u are silent in the first step.
+:trap: The paper chooses each layer's paths by an evolutionary search; this is one point.
+:title: One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning
+:authors: Arnav Chavan, Zhuang Liu, Deepak Gupta, Eric Xing, Zhiqiang Shen
+:source: arXiv 2306.07967, 2023: section 3, the unified formulation, its weight part
+:verified: authors' code (Arnav0400/ViT-Slim, GLoRA/layer.py); equality with installed PEFT with
+    config_C and config_D_E 'none'
 """
 
 from dataclasses import dataclass
@@ -14,7 +25,7 @@ from torch import Tensor
 from loralab.errors import UserError, near_misses
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 PATHS = ("lora", "vector", "constant", "none")
 
@@ -69,26 +80,4 @@ class GLoRA(Form):
         return scaled if self.path_B == "none" else scaled + path("B")
 
 
-register(
-    Method(
-        name="glora",
-        axis="optimization",
-        recipe=Recipe(GLoRA()),
-        paper=Paper(
-            title="One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning",
-            authors="Arnav Chavan, Zhuang Liu, Deepak Gupta, Eric Xing, Zhiqiang Shen",
-            year=2023,
-            arxiv="2306.07967",
-            equation="section 3, the unified formulation, its weight part",
-            verified="authors' code (Arnav0400/ViT-Slim, GLoRA/layer.py); equality with installed "
-            "PEFT with config_C and config_D_E 'none'",
-        ),
-        summary="Scales W entry by entry by a low-rank matrix, and shifts it by another",
-        equation="dW = W ∘ (A_d A_u) + B_d B_u",
-        traps=(
-            "W A is element-wise, not a matrix product.",
-            "Both A_d and B_d start at 0, so both A_u and B_u are silent in the first step.",
-            "The paper chooses each layer's paths by an evolutionary search; this is one point.",
-        ),
-    )
-)
+register("glora", "optimization", __doc__, GLoRA())

@@ -6,6 +6,18 @@ cancelling a pair a, b is written by its difference d = a - b, which is 0 at the
 H_a H_b = I + [a, d] [-2 (d + |d|² b), 2 b]ᵀ, since 2 aᵀb = 2 - |d|². Their product is eq. 3's
 I + U Γ Uᵀ with a block-triangular core of size r. The paper's λ = ∞ (Gram-Schmidt) is not built:
 I - 2 U Uᵀ with orthonormal U is never the identity.
+
+:summary: Turns the layer's input by a chain of Householder reflections
+:equation: W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), |u_i| = 1
+:trap: An odd number of reflections has determinant -1 and cannot start at the identity.
+:trap: Only the direction of u_i acts, so its length sets the step that a rate makes.
+:trap: With equal pairs Gram-Schmidt divides 0 by 0, or rounding by rounding: PEFT's apply_GS does
+    not start at the base.
+:title: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
+    Adaptation
+:authors: Shen Yuan, Haotian Liu, Hongteng Xu
+:source: arXiv 2405.17484, 2024: eqs. 1, 3 and 6
+:verified: paper; equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -18,7 +30,7 @@ from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 def unit(U: Tensor) -> Tensor:
@@ -79,27 +91,4 @@ class HRA(Form):
         return self.lam * (one - U.mT @ U).square().sum((-2, -1))
 
 
-register(
-    Method(
-        name="hra",
-        axis="optimization",
-        recipe=Recipe(HRA()),
-        paper=Paper(
-            title="Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder "
-            "Reflection Adaptation",
-            authors="Shen Yuan, Haotian Liu, Hongteng Xu",
-            year=2024,
-            arxiv="2405.17484",
-            equation="eqs. 1, 3 and 6",
-            verified="paper; equality with installed PEFT",
-        ),
-        summary="Turns the layer's input by a chain of Householder reflections",
-        equation="W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), |u_i| = 1",
-        traps=(
-            "An odd number of reflections has determinant -1 and cannot start at the identity.",
-            "Only the direction of u_i acts, so its length sets the step that a rate makes.",
-            "With equal pairs Gram-Schmidt divides 0 by 0, or rounding by rounding: PEFT's "
-            "apply_GS does not start at the base.",
-        ),
-    )
-)
+register("hra", "optimization", __doc__, HRA())

@@ -3,6 +3,17 @@
 
 Keys and values are outputs of their layers, l ∘ (W x); l_ff scales the input of the second
 feed-forward layer. The paper adapts keys, values and that layer only: choose targets accordingly.
+
+:summary: Rescales keys, values and feed-forward activations by learned factors
+:equation: W' = diag(l) W, or W diag(l) in the last feed-forward layer, l0 = 1
+:trap: In the feed-forward block l scales the input of the second layer, not its output.
+:trap: Ours leaves the bias as it is; PEFT scales W x + bias. The paper's T0 has no biases.
+:trap: A handful of parameters per layer: the best learning rate is far above LoRA's.
+:title: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
+:authors: Haokun Liu, Derek Tam, Mohammed Muqeeth, Jay Mohta, Tenghao Huang, Mohit Bansal, Colin
+    Raffel
+:source: arXiv 2205.05638, 2022: section 3.3
+:verified: paper; equality with installed PEFT on layers without bias
 """
 
 from dataclasses import dataclass
@@ -11,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -48,27 +59,4 @@ class IA3(Form):
         return y if self.scales_input(site) else (y * t["l"].unsqueeze(-2)).to(y.dtype)
 
 
-register(
-    Method(
-        name="ia3",
-        axis="optimization",
-        recipe=Recipe(IA3()),
-        paper=Paper(
-            title="Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context "
-            "Learning",
-            authors="Haokun Liu, Derek Tam, Mohammed Muqeeth, Jay Mohta, Tenghao Huang, "
-            "Mohit Bansal, Colin Raffel",
-            year=2022,
-            arxiv="2205.05638",
-            equation="section 3.3",
-            verified="paper; equality with installed PEFT on layers without bias",
-        ),
-        summary="Rescales keys, values and feed-forward activations by learned factors",
-        equation="W' = diag(l) W, or W diag(l) in the last feed-forward layer, l0 = 1",
-        traps=(
-            "In the feed-forward block l scales the input of the second layer, not its output.",
-            "Ours leaves the bias as it is; PEFT scales W x + bias. The paper's T0 has no biases.",
-            "A handful of parameters per layer: the best learning rate is far above LoRA's.",
-        ),
-    )
-)
+register("ia3", "optimization", __doc__, IA3())

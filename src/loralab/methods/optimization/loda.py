@@ -3,6 +3,15 @@
 f1(h) = σ(M2 σ(M1 σ(h))) with two trained r x r matrices, f2 = σ, σ = LeakyReLU; LoRA is the case
 without the second term. The formula is that of the survey arXiv 2601.22708 ("LoDA(+)"), which finds
 no factor s in the original: α / r as in LoRA. The slope of σ, 0.8, is LoRAFactory's.
+
+:summary: A small LeakyReLU network between A and B beside LoRA's linear branch
+:equation: y = W x + s (B A x + f(B f(M2 f(M1 f(A x))))), f = LeakyReLU
+:trap: It is not linear in x, so there is no dW and it cannot be merged.
+:trap: Both terms use the same A and B.
+:title: LoDA: Low-Dimensional Adaptation of Large Language Models
+:authors: Jing Liu, Toshiaki Koike-Akino, Pu Wang, Matthew Brand, Ye Wang, Kieran Parsons
+:source: MERL TR2023-150, 2023: as given by the survey arXiv 2601.22708
+:verified: survey arXiv 2601.22708 and LoRAFactory (loda.py); the paper's text was not to be had
 """
 
 from dataclasses import dataclass
@@ -14,7 +23,7 @@ from torch.nn.functional import leaky_relu
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -49,26 +58,4 @@ class LoDA(Form):
         return h @ t["B"].mT + leaky_relu(f @ t["B"].mT, self.slope)
 
 
-register(
-    Method(
-        name="loda",
-        axis="optimization",
-        recipe=Recipe(LoDA()),
-        paper=Paper(
-            title="LoDA: Low-Dimensional Adaptation of Large Language Models",
-            authors="Jing Liu, Toshiaki Koike-Akino, Pu Wang, Matthew Brand, Ye Wang, "
-            "Kieran Parsons",
-            year=2023,
-            venue="MERL TR2023-150",
-            equation="as given by the survey arXiv 2601.22708",
-            verified="survey arXiv 2601.22708 and LoRAFactory (loda.py); the paper's text was not "
-            "to be had",
-        ),
-        summary="A small LeakyReLU network between A and B beside LoRA's linear branch",
-        equation="y = W x + s (B A x + f(B f(M2 f(M1 f(A x))))), f = LeakyReLU",
-        traps=(
-            "It is not linear in x, so there is no dW and it cannot be merged.",
-            "Both terms use the same A and B.",
-        ),
-    )
-)
+register("loda", "optimization", __doc__, LoDA())

@@ -5,6 +5,18 @@ from V₋, R = (V₋ᵀ V) S carries what is remembered:
     m ← β1 m R + (1 - β1) g̃,    P_i ← β2 Rᵀ P_i R + (1 - β2) g̃_iᵀ g̃_i  for each row i [r, r],
     U ← (1 - η λ) U - η [ (m Vᵀ) / (√diag(V P_i Vᵀ) + ϵ) ] V S,  moments bias-corrected.
 U = B and V = Aᵀ for B; U = Aᵀ and V = B for A. With r = min(m, n) and ε = 0 this is AdamW on W.
+
+:summary: Moves one factor at a time as AdamW would move the full weight
+:equation: B <- B - lr [AdamW moments of the full gradient, seen through A] A^T (A A^T)^-1
+:trap: The second moment needs the r x r cross terms of each row: memory (m + n) r^2.
+:trap: Weight decay is lr x decay as in AdamW; the authors' code decays by the bare number.
+:trap: The step is in W, so a scale s other than 1 multiplies it; keep alpha = r.
+:trap: B moves first: with B = 0 a step of A would do nothing.
+:title: LoFT: Low-Rank Adaptation That Behaves Like Full Fine-Tuning
+:authors: Nurbek Tastan, Stefanos Laskaridis, Martin Takáč, Karthik Nandakumar, Samuel Horváth
+:source: arXiv 2505.21289, 2025: LoFT-AdamW
+:verified: authors' code (tnurbek/loft at 2d0557b) and the abstract's full-rank claim, which a test
+    proves; the paper's text could not be read
 """
 
 from collections.abc import Sequence
@@ -16,7 +28,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState, Tensors
+from loralab.recipe import Hyper, Rule, SiteState, Tensors
 from loralab.training.adamw import adamw_step, check_moments, per_slot
 
 
@@ -146,28 +158,4 @@ def _without_pair(site: SiteState) -> SiteState:
     return rest
 
 
-register(
-    Method(
-        name="loft",
-        axis="optimization",
-        recipe=Recipe(LoRA(), rule=LoFT()),
-        paper=Paper(
-            title="LoFT: Low-Rank Adaptation That Behaves Like Full Fine-Tuning",
-            authors="Nurbek Tastan, Stefanos Laskaridis, Martin Takáč, Karthik Nandakumar, "
-            "Samuel Horváth",
-            year=2025,
-            arxiv="2505.21289",
-            equation="LoFT-AdamW",
-            verified="authors' code (tnurbek/loft at 2d0557b) and the abstract's full-rank claim, "
-            "which a test proves; the paper's text could not be read",
-        ),
-        summary="Moves one factor at a time as AdamW would move the full weight",
-        equation="B <- B - lr [AdamW moments of the full gradient, seen through A] A^T (A A^T)^-1",
-        traps=(
-            "The second moment needs the r x r cross terms of each row: memory (m + n) r^2.",
-            "Weight decay is lr x decay as in AdamW; the authors' code decays by the bare number.",
-            "The step is in W, so a scale s other than 1 multiplies it; keep alpha = r.",
-            "B moves first: with B = 0 a step of A would do nothing.",
-        ),
-    )
-)
+register("loft", "optimization", __doc__, LoRA(), rule=LoFT())

@@ -1,6 +1,15 @@
 """LoRA+, arXiv 2402.12354, section 4: η_B = λ η_A with λ > 1, by default 2⁴ = 16.
 
 In the infinite-width limit the output moves by Θ(1) only if η_B / η_A grows with the width.
+
+:summary: Trains B with 16 times the learning rate of A
+:equation: lr_B = 16 lr_A
+:trap: The reported learning rate is A's; at equal rate B moves 16 times faster than LoRA's.
+:trap: Weight decay is decoupled, so B also decays 16 times faster.
+:title: LoRA+: Efficient Low Rank Adaptation of Large Models
+:authors: Soufiane Hayou, Nikhil Ghosh, Bin Yu
+:source: arXiv 2402.12354, 2024: section 4, λ = 2^4
+:verified: installed PEFT's optimizer and the survey arXiv 2601.22708
 """
 
 from dataclasses import dataclass
@@ -9,7 +18,6 @@ from typing import ClassVar
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Method, Paper, Recipe
 from loralab.training.adamw import AdamW
 
 
@@ -35,24 +43,4 @@ class LoRAPlus(AdamW):
         return self.ratio if name == "B" else 1.0
 
 
-register(
-    Method(
-        name="lora_plus",
-        axis="optimization",
-        recipe=Recipe(LoRA(), rule=LoRAPlus()),
-        paper=Paper(
-            title="LoRA+: Efficient Low Rank Adaptation of Large Models",
-            authors="Soufiane Hayou, Nikhil Ghosh, Bin Yu",
-            year=2024,
-            arxiv="2402.12354",
-            equation="section 4, λ = 2^4",
-            verified="installed PEFT's optimizer and the survey arXiv 2601.22708",
-        ),
-        summary="Trains B with 16 times the learning rate of A",
-        equation="lr_B = 16 lr_A",
-        traps=(
-            "The reported learning rate is A's; at equal rate B moves 16 times faster than LoRA's.",
-            "Weight decay is decoupled, so B also decays 16 times faster.",
-        ),
-    )
-)
+register("lora_plus", "optimization", __doc__, LoRA(), rule=LoRAPlus())

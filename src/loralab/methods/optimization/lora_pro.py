@@ -7,6 +7,19 @@ With g_A and g_B the plain gradients, s B g^A + s g^B A is closest to ∇W (theo
 
 With AdamW the effect g̃ on W has moments of W's size, g̃ ← m̂ / (√v̂ + ϵ), and is brought back by the
 same equations with g_A = s Bᵀg̃ and g_B = s g̃ Aᵀ.
+
+:summary: Moves A and B so that the step of B A is the one closest to the full gradient
+:equation: min |s (B gA + gB A) - G|: gA = (B^T B)^-1 grad A / s^2 + X A, gB likewise
+:trap: The paper's AdamW keeps two moments of W's size for every trial; moments='pair' is as lean as
+    LoRA and is what the authors' code runs by default.
+:trap: The scale enters squared: 1/s^2 before both gradients.
+:trap: X changes A and B but not the step of B A.
+:trap: With B = 0 the step of A is 0, not the huge (B^T B)^-1.
+:title: LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+:authors: Zhengbo Wang, Jian Liang, Ran He, Zilei Wang, Tieniu Tan
+:source: arXiv 2407.18242, 2024: theorems 2.1 and 2.3, algorithms 1 and 2
+:verified: authors' code (mrflogs/LoRA-Pro, peta/optim.py at 2d8f44a) and the survey arXiv
+    2601.22708; a test proves the step closest to the full gradient
 """
 
 from collections.abc import Sequence
@@ -19,7 +32,7 @@ from torch import Tensor
 from loralab.errors import UserError, near_misses
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
+from loralab.recipe import Hyper, Rule, SiteState
 from loralab.training.adamw import adamw_step, check_moments, per_slot
 from loralab.training.gram import eigen, inverse_gram, others, with_gradients
 
@@ -121,28 +134,4 @@ def sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
     return U @ ((U.mT @ C @ V) / sums.clamp_min(torch.finfo(sums.dtype).tiny)) @ V.mT
 
 
-register(
-    Method(
-        name="lora_pro",
-        axis="optimization",
-        recipe=Recipe(LoRA(), rule=LoRAPro()),
-        paper=Paper(
-            title="LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
-            authors="Zhengbo Wang, Jian Liang, Ran He, Zilei Wang, Tieniu Tan",
-            year=2024,
-            arxiv="2407.18242",
-            equation="theorems 2.1 and 2.3, algorithms 1 and 2",
-            verified="authors' code (mrflogs/LoRA-Pro, peta/optim.py at 2d8f44a) and the survey "
-            "arXiv 2601.22708; a test proves the step closest to the full gradient",
-        ),
-        summary="Moves A and B so that the step of B A is the one closest to the full gradient",
-        equation="min |s (B gA + gB A) - G|: gA = (B^T B)^-1 grad A / s^2 + X A, gB likewise",
-        traps=(
-            "The paper's AdamW keeps two moments of W's size for every trial; moments='pair' is "
-            "as lean as LoRA and is what the authors' code runs by default.",
-            "The scale enters squared: 1/s^2 before both gradients.",
-            "X changes A and B but not the step of B A.",
-            "With B = 0 the step of A is 0, not the huge (B^T B)^-1.",
-        ),
-    )
-)
+register("lora_pro", "optimization", __doc__, LoRA(), rule=LoRAPro())

@@ -7,6 +7,18 @@ With polar decompositions A = U_A R_A and B = U_B R_B, for A (and likewise for B
 
 with bias-corrected decays; d(X, Y) = min(max_i λ_i(X) - λ_i(Y), tr X - tr Y), at least 0, is what
 the change of basis lost. The paper's Z = A Bᵀ is our B A.
+
+:summary: An adaptive optimizer whose step of B A is the same for every split into B and A
+:equation: A <- A - lr M R_B^-T, M the momentum of g (V + rho I)^-1/2, g = grad A R_B^-1
+:trap: With B = 0 there is no basis to look through: A's first step is 0.
+:trap: The paper's best learning rates are some 20 times Adam's.
+:trap: Moments live in the other factor's basis and must turn with it.
+:title: LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization
+:authors: Jui-Nan Yen, Si Si, Zhao Meng, Felix Yu, Sai Surya Duvvuri, Inderjit S. Dhillon, Cho-Jui
+    Hsieh, Sanjiv Kumar
+:source: arXiv 2410.20625, 2024: algorithm 1
+:verified: authors' code (gkevinyen5418/LoRA-RITE at 67fd532, without its clipping), a public digest
+    of the paper, and a test of the invariance it proves
 """
 
 from collections.abc import Sequence
@@ -19,7 +31,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
+from loralab.recipe import Hyper, Rule, SiteState
 from loralab.training.adamw import adamw_step, check_moments, per_slot
 from loralab.training.gram import eigen, others, turned
 
@@ -123,28 +135,4 @@ def _decay(beta: float, turns: Tensor) -> Tensor:
     return beta * (1 - beta ** (turns - 1)) / (1 - beta**turns)
 
 
-register(
-    Method(
-        name="lora_rite",
-        axis="optimization",
-        recipe=Recipe(LoRA(), rule=LoRARite()),
-        paper=Paper(
-            title="LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA "
-            "Optimization",
-            authors="Jui-Nan Yen, Si Si, Zhao Meng, Felix Yu, Sai Surya Duvvuri, "
-            "Inderjit S. Dhillon, Cho-Jui Hsieh, Sanjiv Kumar",
-            year=2024,
-            arxiv="2410.20625",
-            equation="algorithm 1",
-            verified="authors' code (gkevinyen5418/LoRA-RITE at 67fd532, without its clipping), a "
-            "public digest of the paper, and a test of the invariance it proves",
-        ),
-        summary="An adaptive optimizer whose step of B A is the same for every split into B and A",
-        equation="A <- A - lr M R_B^-T, M the momentum of g (V + rho I)^-1/2, g = grad A R_B^-1",
-        traps=(
-            "With B = 0 there is no basis to look through: A's first step is 0.",
-            "The paper's best learning rates are some 20 times Adam's.",
-            "Moments live in the other factor's basis and must turn with it.",
-        ),
-    )
-)
+register("lora_rite", "optimization", __doc__, LoRA(), rule=LoRARite())

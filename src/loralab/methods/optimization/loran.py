@@ -4,6 +4,16 @@ Sinter(z) = z + a sin(f z) z, a structured perturbation without further paramete
 the function is to fit the accumulated weight updates, so here it acts on B A and can be merged; the
 survey arXiv 2601.22708 and LoRAFactory let it act on the branch's output: `LoRANOutput`. The
 paper's a and f were not to be had; 1 and 1 are LoRAFactory's.
+
+:summary: A sine-perturbed low-rank product: more rank at LoRA's count
+:equation: dW = s (Z + a sin(f Z) Z), Z = B A
+:trap: Sinter(B A) x is not Sinter(B A x): the survey's reading is the form LoRANOutput.
+:trap: Near 0 it is LoRA; the perturbation is of second order in B A.
+:title: LoRAN: Improved Low-Rank Adaptation by a Non-Linear Transformation
+:authors: Yinqiao Li, Linqi Song, Hanxu Hou
+:source: Findings of EMNLP 2024, 2024: Sinter, as given by LoRAFactory
+:verified: our reading of the abstract for where Sinter acts, LoRAFactory (loran.py) for Sinter; the
+    text was not to be had
 """
 
 from dataclasses import dataclass
@@ -13,7 +23,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 def sinter(z: Tensor, amplitude: float, frequency: float) -> Tensor:
@@ -61,25 +71,4 @@ class LoRANOutput(Form):
         return sinter((x @ t["A"].mT) @ t["B"].mT, self.amplitude, self.frequency)
 
 
-register(
-    Method(
-        name="loran",
-        axis="optimization",
-        recipe=Recipe(LoRAN()),
-        paper=Paper(
-            title="LoRAN: Improved Low-Rank Adaptation by a Non-Linear Transformation",
-            authors="Yinqiao Li, Linqi Song, Hanxu Hou",
-            year=2024,
-            venue="Findings of EMNLP 2024",
-            equation="Sinter, as given by LoRAFactory",
-            verified="our reading of the abstract for where Sinter acts, LoRAFactory (loran.py) "
-            "for Sinter; the text was not to be had",
-        ),
-        summary="A sine-perturbed low-rank product: more rank at LoRA's count",
-        equation="dW = s (Z + a sin(f Z) Z), Z = B A",
-        traps=(
-            "Sinter(B A) x is not Sinter(B A x): the survey's reading is the form LoRANOutput.",
-            "Near 0 it is LoRA; the perturbation is of second order in B A.",
-        ),
-    )
-)
+register("loran", "optimization", __doc__, LoRAN())

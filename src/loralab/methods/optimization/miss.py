@@ -3,6 +3,16 @@
 Its efficient form, which all its experiments run: D [out, r] times S = Σ_g x^(g), the sum over the
 input's blocks of r entries each, so that expand(D) repeats D along the input. Eq. 3's own shards
 repeat rows of D [r, in] along the output. Earlier versions of the paper are called Bone and DiSHA.
+
+:summary: One trained matrix, repeated along the input: cheaper than LoRA at its rank
+:equation: dW x = D (x_[1..r] + x_[r+1..2r] + ...), D0 = 0
+:trap: D trains from the first step, so its gradient is far larger at the start than LoRA's.
+:trap: Inputs r apart share a column: the blocks are interleaved, not contiguous.
+:trap: At equal rank it has half of LoRA's parameters on a square layer.
+:title: MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure
+:authors: Jiale Kang, Qingyu Yin
+:source: arXiv 2409.15371, 2024: eqs. 2 to 7, section 4
+:verified: paper (version 12); equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -14,7 +24,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -62,27 +72,4 @@ class MiSS(Form):
         return blocks.sum(-2) @ t["D"].mT
 
 
-register(
-    Method(
-        name="miss",
-        axis="optimization",
-        recipe=Recipe(MiSS()),
-        paper=Paper(
-            title="MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing "
-            "Structure",
-            authors="Jiale Kang, Qingyu Yin",
-            year=2024,
-            arxiv="2409.15371",
-            equation="eqs. 2 to 7, section 4",
-            verified="paper (version 12); equality with installed PEFT",
-        ),
-        summary="One trained matrix, repeated along the input: cheaper than LoRA at its rank",
-        equation="dW x = D (x_[1..r] + x_[r+1..2r] + ...), D0 = 0",
-        traps=(
-            "D trains from the first step, so its gradient is far larger at the start than LoRA's.",
-            "Inputs r apart share a column: the blocks are interleaved, not contiguous.",
-            "At equal rank it has half of LoRA's parameters on a square layer.",
-        ),
-        aliases=("bone",),
-    )
-)
+register("miss", "optimization", __doc__, MiSS(), aliases=("bone",))

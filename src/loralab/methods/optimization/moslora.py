@@ -1,6 +1,16 @@
 """MoSLoRA, arXiv 2406.11909, section 3: dW = s B W_mix A with a trained r x r mixer W_mix.
 
 B A is Σ_i b_i a_iᵀ; the mixer joins every b_i with every a_j. LoRA is W_mix = I.
+
+:summary: A trained r x r mixer between A and B
+:equation: dW = s B M A, M [r, r]
+:trap: At most one of B and the mixer may start at 0.
+:trap: The product has LoRA's rank; the mixer changes how it is learned, not what it can be.
+:title: Mixture-of-Subspaces in Low-Rank Adaptation
+:authors: Taiqiang Wu, Jiahao Wang, Zhe Zhao, Ngai Wong
+:source: arXiv 2406.11909, 2024: section 3, dW = B W_mix A
+:verified: authors' code (wutaiqiang/MoSLoRA peft/tuners/lora/layer.py) and the survey arXiv
+    2601.22708; the paper's text was not to be had
 """
 
 from dataclasses import dataclass
@@ -12,7 +22,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 def orthogonal(evidence: Evidence, purpose: str, size: int) -> Tensor:
@@ -52,25 +62,4 @@ class MoSLoRA(Form):
         return t["B"] @ t["M"], t["A"]
 
 
-register(
-    Method(
-        name="moslora",
-        axis="optimization",
-        recipe=Recipe(MoSLoRA()),
-        paper=Paper(
-            title="Mixture-of-Subspaces in Low-Rank Adaptation",
-            authors="Taiqiang Wu, Jiahao Wang, Zhe Zhao, Ngai Wong",
-            year=2024,
-            arxiv="2406.11909",
-            equation="section 3, dW = B W_mix A",
-            verified="authors' code (wutaiqiang/MoSLoRA peft/tuners/lora/layer.py) and the survey "
-            "arXiv 2601.22708; the paper's text was not to be had",
-        ),
-        summary="A trained r x r mixer between A and B",
-        equation="dW = s B M A, M [r, r]",
-        traps=(
-            "At most one of B and the mixer may start at 0.",
-            "The product has LoRA's rank; the mixer changes how it is learned, not what it can be.",
-        ),
-    )
-)
+register("moslora", "optimization", __doc__, MoSLoRA())

@@ -4,6 +4,18 @@ R_i = (I + Q_i)(I - Q_i)⁻¹ with Q_i = -Q_iᵀ (Cayley, section 3.3), Q = 0 at
 The paper's W0 [in, out] is our Wᵀ: the input is turned, W (Rᵀ x). Never done on W itself, as in
 OFTv2 (arXiv 2506.19847), whose Neumann series for the inverse is an option. Section 3.4 (COFT) is
 not built.
+
+:summary: Turns the layer's input by a block-diagonal rotation
+:equation: W' = W R^T, R = diag of (I + Q_i)(I - Q_i)^-1, Q_i = -Q_i^T
+:trap: A truncated Neumann series is not orthogonal; the exact map is, with determinant 1.
+:trap: PEFT's exact Cayley map is (I - Q)(I + Q)^-1, the inverse of its own series.
+:trap: A larger rank here is a larger block; the paper's r counts blocks.
+:title: Controlling Text-to-Image Diffusion by Orthogonal Finetuning
+:authors: Zeju Qiu, Weiyang Liu, Haiwen Feng, Yuxuan Xue, Yao Feng, Zhen Liu, Dan Zhang, Adrian
+    Weller, Bernhard Schölkopf
+:source: arXiv 2306.07280, 2023: eqs. 2 and 3, sections 3.3 and 3.5
+:verified: paper; equality with installed PEFT (Neumann series; its exact Cayley map is the
+    transpose)
 """
 
 from dataclasses import dataclass
@@ -15,7 +27,7 @@ from torch import Tensor
 from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 def skew(theta: Tensor, b: int) -> Tensor:
@@ -92,27 +104,4 @@ class OFT(Form):
         return (y * t["s"].unsqueeze(-2)).to(y.dtype) if self.rescale else y
 
 
-register(
-    Method(
-        name="oft",
-        axis="optimization",
-        recipe=Recipe(OFT()),
-        paper=Paper(
-            title="Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
-            authors="Zeju Qiu, Weiyang Liu, Haiwen Feng, Yuxuan Xue, Yao Feng, Zhen Liu, "
-            "Dan Zhang, Adrian Weller, Bernhard Schölkopf",
-            year=2023,
-            arxiv="2306.07280",
-            equation="eqs. 2 and 3, sections 3.3 and 3.5",
-            verified="paper; equality with installed PEFT (Neumann series; its exact Cayley map is "
-            "the transpose)",
-        ),
-        summary="Turns the layer's input by a block-diagonal rotation",
-        equation="W' = W R^T, R = diag of (I + Q_i)(I - Q_i)^-1, Q_i = -Q_i^T",
-        traps=(
-            "A truncated Neumann series is not orthogonal; the exact map is, with determinant 1.",
-            "PEFT's exact Cayley map is (I - Q)(I + Q)^-1, the inverse of its own series.",
-            "A larger rank here is a larger block; the paper's r counts blocks.",
-        ),
-    )
-)
+register("oft", "optimization", __doc__, OFT())

@@ -2,6 +2,16 @@
 R_i = [[α_11 cos θ_11, -α_12 sin θ_12], [α_21 sin θ_21, α_22 cos θ_22]], α = 1 and θ = 0 at first.
 
 RoAd1 has one α and θ per block, RoAd2 one per row, RoAd4 all four (table 1).
+
+:summary: Turns and scales pairs of the layer's outputs
+:equation: W' = R W, R of 2 x 2 blocks alpha [[cos t, -sin t], [sin t, cos t]]
+:trap: It acts on the output, OFT on the input.
+:trap: Ours leaves the bias as it is, as in the paper's z = R (W x); PEFT turns it as well.
+:trap: In RoAd2 and RoAd4 a block is no rotation any more, and R not orthogonal.
+:title: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability
+:authors: Baohao Liao, Christof Monz
+:source: arXiv 2409.00119, 2024: eqs. 2 to 4, table 1
+:verified: paper; equality with installed PEFT on layers without bias
 """
 
 from dataclasses import dataclass
@@ -12,7 +22,7 @@ from torch import Tensor
 
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -64,26 +74,4 @@ class RoAd(Form):
         return z.flatten(-3).to(y.dtype)
 
 
-register(
-    Method(
-        name="road",
-        axis="optimization",
-        recipe=Recipe(RoAd()),
-        paper=Paper(
-            title="3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and "
-            "Composability",
-            authors="Baohao Liao, Christof Monz",
-            year=2024,
-            arxiv="2409.00119",
-            equation="eqs. 2 to 4, table 1",
-            verified="paper; equality with installed PEFT on layers without bias",
-        ),
-        summary="Turns and scales pairs of the layer's outputs",
-        equation="W' = R W, R of 2 x 2 blocks alpha [[cos t, -sin t], [sin t, cos t]]",
-        traps=(
-            "It acts on the output, OFT on the input.",
-            "Ours leaves the bias as it is, as in the paper's z = R (W x); PEFT turns it as well.",
-            "In RoAd2 and RoAd4 a block is no rotation any more, and R not orthogonal.",
-        ),
-    )
-)
+register("road", "optimization", __doc__, RoAd())

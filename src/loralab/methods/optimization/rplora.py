@@ -4,6 +4,17 @@
 The preconditioner is the metric of the space of rank-r matrices; it makes the step of B A
 independent of how B A is split. Both factors are those at which the gradients were taken; the
 authors' loop lets B see the new A.
+
+:summary: AdamW whose gradients are scaled by the other factor's inverse Gram matrix
+:equation: grad A <- (B^T B + d I)^-1 grad A, grad B <- grad B (A A^T + d I)^-1
+:trap: Each gradient is scaled by the other factor, from the side of the rank.
+:trap: PEFT's damping is 1e-2, ten thousand times the authors': there the scaling hardly acts while
+    B is small.
+:title: Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models
+:authors: Fangzhao Zhang, Mert Pilanci
+:source: arXiv 2402.02347, 2024: scaled AdamW
+:verified: authors' code (pilancilab/Riemannian_Preconditioned_LoRA, Mistral-7B), the survey arXiv
+    2601.22708, and equality with installed PEFT's optimizer
 """
 
 from collections.abc import Sequence
@@ -13,7 +24,7 @@ from typing import ClassVar
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Method, Paper, Recipe, Rule, SiteState
+from loralab.recipe import Hyper, Rule, SiteState
 from loralab.training.adamw import adamw_step, check_moments
 from loralab.training.gram import inverse_gram, with_gradients
 
@@ -52,27 +63,4 @@ class ScaledAdamW(Rule):
         adamw_step(self, seen, hyper, self.beta1, self.beta2, self.eps)
 
 
-register(
-    Method(
-        name="rplora",
-        axis="optimization",
-        recipe=Recipe(LoRA(), rule=ScaledAdamW()),
-        paper=Paper(
-            title="Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models",
-            authors="Fangzhao Zhang, Mert Pilanci",
-            year=2024,
-            arxiv="2402.02347",
-            equation="scaled AdamW",
-            verified="authors' code (pilancilab/Riemannian_Preconditioned_LoRA, Mistral-7B), the "
-            "survey arXiv 2601.22708, and equality with installed PEFT's optimizer",
-        ),
-        summary="AdamW whose gradients are scaled by the other factor's inverse Gram matrix",
-        equation="grad A <- (B^T B + d I)^-1 grad A, grad B <- grad B (A A^T + d I)^-1",
-        traps=(
-            "Each gradient is scaled by the other factor, from the side of the rank.",
-            "PEFT's damping is 1e-2, ten thousand times the authors': there the scaling hardly "
-            "acts while B is small.",
-        ),
-        aliases=("riemannian",),
-    )
-)
+register("rplora", "optimization", __doc__, LoRA(), rule=ScaledAdamW(), aliases=("riemannian",))

@@ -5,6 +5,17 @@ The weights are the user's: `adapter.given(token_weights=γ)` with γ [rows, tok
 [rows, tokens, 1] or [rows, tokens, in], the last for the paper's variants with relation labels.
 Without them γ = 0, which is LoRA. (The authors' code scales the encoder's embeddings instead, which
 the frozen weights then see too.)
+
+:summary: The low-rank path sees each token weighted by how much it matters to the text
+:equation: y = W x + s B A (x ⊙ (1 + gamma)), gamma >= 0 given per token
+:trap: The weights belong to the tokens of the input, so there is no dW to merge.
+:trap: Weights left out are 0: it is then LoRA, in evaluation as in training.
+:trap: They must fit every adapted layer: leave out layers that see other tokens, such as the
+    decoder's.
+:title: RST-LoRA: A Discourse-Aware Low-Rank Adaptation for Long Document Abstractive Summarization
+:authors: Dongqi Liu, Vera Demberg
+:source: arXiv 2405.00657, 2024: section 4.2
+:verified: a public transcript of the paper's text; authors' code (dongqi-me/RST_LoRA)
 """
 
 from collections.abc import Mapping
@@ -15,7 +26,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -49,27 +60,4 @@ class RSTLoRA(Form):
         return (x @ t["A"].mT) @ t["B"].mT
 
 
-register(
-    Method(
-        name="rst_lora",
-        axis="optimization",
-        recipe=Recipe(RSTLoRA()),
-        paper=Paper(
-            title="RST-LoRA: A Discourse-Aware Low-Rank Adaptation for Long Document Abstractive "
-            "Summarization",
-            authors="Dongqi Liu, Vera Demberg",
-            year=2024,
-            arxiv="2405.00657",
-            equation="section 4.2",
-            verified="a public transcript of the paper's text; authors' code (dongqi-me/RST_LoRA)",
-        ),
-        summary="The low-rank path sees each token weighted by how much it matters to the text",
-        equation="y = W x + s B A (x ⊙ (1 + gamma)), gamma >= 0 given per token",
-        traps=(
-            "The weights belong to the tokens of the input, so there is no dW to merge.",
-            "Weights left out are 0: it is then LoRA, in evaluation as in training.",
-            "They must fit every adapted layer: leave out layers that see other tokens, such as "
-            "the decoder's.",
-        ),
-    )
-)
+register("rst_lora", "optimization", __doc__, RSTLoRA())

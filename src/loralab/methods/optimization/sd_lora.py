@@ -6,6 +6,18 @@ trained, as in the authors' code: with B = 0 it has no norm, and step 0 is the b
 ends, α_t takes the norm over, so that the function stays. The paper shares the magnitudes among
 layers; here each layer has its own, since the norms differ. Its variants with falling ranks and
 with absorbed directions are not offered.
+
+:summary: Continual learning: frozen directions of earlier tasks, magnitudes still trained
+:equation: dW = s (alpha_1 B_1 A_1 / |B_1 A_1|_F + ... + alpha_t B_t A_t)
+:trap: n_tasks must be the length of the sequence; on one task it is LoRA with a trained factor.
+:trap: The old magnitudes go on being trained, the old directions never are.
+:trap: The authors' code divides by |B|_F |A|_F, which is larger than the paper's |B A|_F.
+:title: SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning
+:authors: Yichen Wu, Hongming Piao, Long-Kai Huang, Renzhen Wang, Wanhua Li, Hanspeter Pfister, Deyu
+    Meng, Kede Ma, Ying Wei
+:source: arXiv 2501.13198, 2025: eq. 4, algorithm 1
+:verified: authors' code (backbone/lora.py in a copy of WuYichen-97/SD-Lora-CL) and a detailed
+    public summary; the paper's text was not to be had
 """
 
 from collections.abc import Sequence
@@ -19,7 +31,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.cola import forget
 from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
@@ -116,28 +128,4 @@ def _product_norm(B: Tensor, A: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
 
 
-register(
-    Method(
-        name="sd_lora",
-        axis="optimization",
-        recipe=Recipe(Directions(), schedule=NextDirection()),
-        paper=Paper(
-            title="SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning",
-            authors="Yichen Wu, Hongming Piao, Long-Kai Huang, Renzhen Wang, Wanhua Li, "
-            "Hanspeter Pfister, Deyu Meng, Kede Ma, Ying Wei",
-            year=2025,
-            arxiv="2501.13198",
-            equation="eq. 4, algorithm 1",
-            verified="authors' code (backbone/lora.py in a copy of WuYichen-97/SD-Lora-CL) and a "
-            "detailed public summary; the paper's text was not to be had",
-        ),
-        summary="Continual learning: frozen directions of earlier tasks, magnitudes still trained",
-        equation="dW = s (alpha_1 B_1 A_1 / |B_1 A_1|_F + ... + alpha_t B_t A_t)",
-        traps=(
-            "n_tasks must be the length of the sequence; on one task it is LoRA with a trained "
-            "factor.",
-            "The old magnitudes go on being trained, the old directions never are.",
-            "The authors' code divides by |B|_F |A|_F, which is larger than the paper's |B A|_F.",
-        ),
-    )
-)
+register("sd_lora", "optimization", __doc__, Directions(), schedule=NextDirection())

@@ -2,6 +2,18 @@
 
 The masks of section 3.1 and appendix B: "rand" at random, "wm" the largest |W|, "grad" the largest
 |∇W|, "snip" the largest |W ∘ ∇W|, "struct" every f-th row and the diagonal.
+
+:summary: Trains a fixed sparse choice of W's own entries
+:equation: dW = M ∘ S with r (in + out) entries of M at 1, S0 = 0
+:trap: The rank only counts entries; dW has high rank.
+:trap: s = 1 whatever alpha is (lemma 4.3).
+:trap: The mask is chosen once, at the start, and never moves.
+:title: Sparse High Rank Adapters
+:authors: Kartikeya Bhardwaj, Nilesh Prasad Pandey, Sweta Priyadarshi, Viswanath Ganapathy, Shreya
+    Kadambi, Rafael Esteves, Shubhankar Borse, Paul Whatmough, Risheek Garrepalli, Mart Van Baalen,
+    Harris Teague, Markus Nagel
+:source: arXiv 2406.13175, 2024: section 3.1, appendix B
+:verified: paper; equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -12,7 +24,7 @@ from torch import Tensor
 
 from loralab.errors import UserError, near_misses
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 MASKS = ("rand", "wm", "grad", "snip", "struct")
 
@@ -82,27 +94,4 @@ def _rows_and_diagonal(m: int, n: int, count: int) -> Tensor:
     return on.flatten().nonzero().squeeze(-1)
 
 
-register(
-    Method(
-        name="shira",
-        axis="optimization",
-        recipe=Recipe(SHiRA()),
-        paper=Paper(
-            title="Sparse High Rank Adapters",
-            authors="Kartikeya Bhardwaj, Nilesh Prasad Pandey, Sweta Priyadarshi, "
-            "Viswanath Ganapathy, Shreya Kadambi, Rafael Esteves, Shubhankar Borse, "
-            "Paul Whatmough, Risheek Garrepalli, Mart Van Baalen, Harris Teague, Markus Nagel",
-            year=2024,
-            arxiv="2406.13175",
-            equation="section 3.1, appendix B",
-            verified="paper; equality with installed PEFT",
-        ),
-        summary="Trains a fixed sparse choice of W's own entries",
-        equation="dW = M ∘ S with r (in + out) entries of M at 1, S0 = 0",
-        traps=(
-            "The rank only counts entries; dW has high rank.",
-            "s = 1 whatever alpha is (lemma 4.3).",
-            "The mask is chosen once, at the start, and never moves.",
-        ),
-    )
-)
+register("shira", "optimization", __doc__, SHiRA())

@@ -3,6 +3,16 @@
 The sine raises the rank: for a large ω that of sin(ω B A) exceeds that of B A. It acts on the
 matrix, so the update can be merged. The paper's text was not to be had: the formula is that of its
 public summaries and of a pull request to PEFT (g = √n for n inputs); ω = 200 is our choice.
+
+:summary: The sine of a low-rank product: full rank at LoRA's count, still mergeable
+:equation: dW = s sin(omega B A) / sqrt(in)
+:trap: sin(omega B A) x is not sin(omega B A x), which LoRAFactory computes.
+:trap: Near 0 it is omega / sqrt(in) times LoRA's update: the best rate shifts with both.
+:title: Efficient Learning with Sine-Activated Low-Rank Matrices
+:authors: Yiping Ji, Hemanth Saratchandran, Cameron Gordon, Zeyu Zhang, Simon Lucey
+:source: arXiv 2403.19243, 2024: section 3, sin(omega U V^T) / g
+:verified: public summaries and a pull request to PEFT (SineLoraLinearVariant); the paper's text was
+    not to be had
 """
 
 from dataclasses import dataclass
@@ -13,7 +23,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -44,25 +54,4 @@ class SineLoRA(Form):
         return (t["B"] @ (self.omega * t["A"])).sin() / (self.g or site.d_in**0.5)
 
 
-register(
-    Method(
-        name="sinelora",
-        axis="optimization",
-        recipe=Recipe(SineLoRA()),
-        paper=Paper(
-            title="Efficient Learning with Sine-Activated Low-Rank Matrices",
-            authors="Yiping Ji, Hemanth Saratchandran, Cameron Gordon, Zeyu Zhang, Simon Lucey",
-            year=2024,
-            arxiv="2403.19243",
-            equation="section 3, sin(omega U V^T) / g",
-            verified="public summaries and a pull request to PEFT (SineLoraLinearVariant); the "
-            "paper's text was not to be had",
-        ),
-        summary="The sine of a low-rank product: full rank at LoRA's count, still mergeable",
-        equation="dW = s sin(omega B A) / sqrt(in)",
-        traps=(
-            "sin(omega B A) x is not sin(omega B A x), which LoRAFactory computes.",
-            "Near 0 it is omega / sqrt(in) times LoRA's update: the best rate shifts with both.",
-        ),
-    )
-)
+register("sinelora", "optimization", __doc__, SineLoRA())

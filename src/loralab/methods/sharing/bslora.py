@@ -3,6 +3,18 @@
 A, B are the layer's own, A_1, B_1 shared within a block, A_2, B_2 by the whole model. T fits the
 shared pairs to the layer: "slice" cuts the middle out of a pair of the largest size; "gate" is
 g_ou g_od (B A) g_iu g_id, with vectors g of the layer; "kron" is (K_B ⊗ B)(K_A ⊗ A).
+
+:summary: A local pair beside one shared within the block and one shared by the model
+:equation: dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)), T = slice, gate or Kronecker product
+:trap: Alpha has no effect: the authors' code fixes the factor 2.
+:trap: The rank asked for is that of the model's pair; the local one is a quarter of it.
+:trap: Gates are vectors, so a gated pair has rank 1 whatever its own rank.
+:trap: The authors cut the middle of a shared pair, the survey's code its first rows.
+:title: BSLoRA: Enhancing the Parameter Efficiency of LoRA with Intra-Layer and Inter-Layer Sharing
+:authors: Yuhua Zhou, Ruifeng Li, Changhai Zhou, Fei Yang, Aimin Pan
+:source: ICML 2025, 2025: section 3
+:verified: authors' code (yuhua-zhou/BSLoRA, peft/tuners/share_lora/layer.py) and the survey arXiv
+    2601.22708; the paper's text was not to be had
 """
 
 from collections.abc import Mapping
@@ -15,7 +27,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 SIZES = {"slice": 0, "gate": 1024, "kron": 256}
 LEVELS = ("intra", "inter")
@@ -102,28 +114,4 @@ class BSLoRA(Form):
         return torch.cat([B for B, _ in pairs], -1), torch.cat([A for _, A in pairs], -2)
 
 
-register(
-    Method(
-        name="bslora",
-        axis="sharing",
-        recipe=Recipe(BSLoRA()),
-        paper=Paper(
-            title="BSLoRA: Enhancing the Parameter Efficiency of LoRA with Intra-Layer and "
-            "Inter-Layer Sharing",
-            authors="Yuhua Zhou, Ruifeng Li, Changhai Zhou, Fei Yang, Aimin Pan",
-            year=2025,
-            venue="ICML 2025",
-            equation="section 3",
-            verified="authors' code (yuhua-zhou/BSLoRA, peft/tuners/share_lora/layer.py) and the "
-            "survey arXiv 2601.22708; the paper's text was not to be had",
-        ),
-        summary="A local pair beside one shared within the block and one shared by the model",
-        equation="dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)), T = slice, gate or Kronecker product",
-        traps=(
-            "Alpha has no effect: the authors' code fixes the factor 2.",
-            "The rank asked for is that of the model's pair; the local one is a quarter of it.",
-            "Gates are vectors, so a gated pair has rank 1 whatever its own rank.",
-            "The authors cut the middle of a shared pair, the survey's code its first rows.",
-        ),
-    )
-)
+register("bslora", "sharing", __doc__, BSLoRA())

@@ -3,6 +3,17 @@ Dec(z) = σ(B z), with one encoder A and one decoder B per kind of layer and an 
 
 The activation σ is GELU in the authors' code. The survey arXiv 2601.22708 has the formula without
 one, and then it can be merged: `recipe("denselora", form=LinearDenseLoRA())`.
+
+:summary: An r x r core per layer between an encoder and a decoder shared by its kind
+:equation: y = W x + (alpha / r) gelu(B M_i gelu(A x)), A and B shared by a kind
+:trap: With its activations there is no dW and it cannot be merged; the linear form can.
+:trap: GELU after the decoder bounds the update from below at -0.17 s per output.
+:trap: The layer's own part is only r² numbers, so ranks are large: 192 in the survey.
+:title: DenseLoRA: Dense Low-Rank Adaptation of Large Language Models
+:authors: Lin Mu, Xiaoyu Wang, Li Ni, Yang Li, Zhize Wu, Peiquan Jin, Yiwen Zhang
+:source: arXiv 2505.23808, 2025: section 3
+:verified: authors' code (mulin-ahu/DenseLoRA, peft/tuners/lora.py) and a detailed note on the paper
+    (papernotes.org); the survey for the linear form
 """
 
 from collections.abc import Mapping
@@ -14,7 +25,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
-from loralab.recipe import LAYERS, Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 def start(site: Site, evidence: Evidence) -> Tensors:
@@ -61,26 +72,4 @@ class LinearDenseLoRA(Form):
         return B @ M, A
 
 
-register(
-    Method(
-        name="denselora",
-        axis="sharing",
-        recipe=Recipe(DenseLoRA()),
-        paper=Paper(
-            title="DenseLoRA: Dense Low-Rank Adaptation of Large Language Models",
-            authors="Lin Mu, Xiaoyu Wang, Li Ni, Yang Li, Zhize Wu, Peiquan Jin, Yiwen Zhang",
-            year=2025,
-            arxiv="2505.23808",
-            equation="section 3",
-            verified="authors' code (mulin-ahu/DenseLoRA, peft/tuners/lora.py) and a detailed "
-            "note on the paper (papernotes.org); the survey for the linear form",
-        ),
-        summary="An r x r core per layer between an encoder and a decoder shared by its kind",
-        equation="y = W x + (alpha / r) gelu(B M_i gelu(A x)), A and B shared by a kind",
-        traps=(
-            "With its activations there is no dW and it cannot be merged; the linear form can.",
-            "GELU after the decoder bounds the update from below at -0.17 s per output.",
-            "The layer's own part is only r² numbers, so ranks are large: 192 in the survey.",
-        ),
-    )
-)
+register("denselora", "sharing", __doc__, DenseLoRA())

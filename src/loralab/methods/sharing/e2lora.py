@@ -6,6 +6,20 @@ H(G_j) - H(G_i, G_j), of both together; RMI = I / min(H(G_i), H(G_j)). An interv
 first layer m while RMI(m, l) >= τ_m, the mean of RMI(m, k) over the other k. Its entropy is its
 layers' largest, and the ranks share out N r in proportion to it. From a detailed note on the paper
 (papernotes.org); the paper's own text was not to be had.
+
+:summary: One pair per interval of alike layers, its rank by the entropy of their gradients
+:equation: dW_l = s B_I A_I; intervals I by mutual information, ranks by max H(G_l) over I
+:trap: It needs a look at the gradients before training; trials whose batches cut other intervals do
+    not share compute in a pack.
+:trap: Gradients are measured in units of 1e-8: as printed, the entropy of a usual gradient is
+    negative and the rank rule turns around.
+:trap: The printed budget N r over the intervals would not save a parameter; over the layers it
+    gives the half that the paper's tables report.
+:title: E²LoRA: Efficient and Effective Low-Rank Adaptation with Entropy-Guided Adaptive Sharing
+:authors: Minglei Li, Peng Ye, Jingqi Ye, Haonan He, Tao Chen
+:source: ICLR 2026, 2026: proxy entropy, LSS and HRA, as told by papernotes.org
+:verified: abstract and a detailed note on the paper (papernotes.org); the text was not to be had,
+    and LoRAFactory has a flag but no code
 """
 
 import math
@@ -18,7 +32,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.sharing.sharelora import ShareLoRA
-from loralab.recipe import Evidence, Method, OwnStart, Paper, Recipe, Site
+from loralab.recipe import Evidence, OwnStart, Site
 
 
 @dataclass(frozen=True)
@@ -117,29 +131,5 @@ def moments_of(evidence: Evidence) -> Moments:
 
 
 register(
-    Method(
-        name="e2lora",
-        axis="sharing",
-        recipe=Recipe(ShareLoRA(share="AB", across="start"), EntropyIntervals()),
-        paper=Paper(
-            title="E²LoRA: Efficient and Effective Low-Rank Adaptation with Entropy-Guided "
-            "Adaptive Sharing",
-            authors="Minglei Li, Peng Ye, Jingqi Ye, Haonan He, Tao Chen",
-            year=2026,
-            venue="ICLR 2026",
-            equation="proxy entropy, LSS and HRA, as told by papernotes.org",
-            verified="abstract and a detailed note on the paper (papernotes.org); the text was "
-            "not to be had, and LoRAFactory has a flag but no code",
-        ),
-        summary="One pair per interval of alike layers, its rank by the entropy of their gradients",
-        equation="dW_l = s B_I A_I; intervals I by mutual information, ranks by max H(G_l) over I",
-        traps=(
-            "It needs a look at the gradients before training; trials whose batches cut other "
-            "intervals do not share compute in a pack.",
-            "Gradients are measured in units of 1e-8: as printed, the entropy of a usual gradient "
-            "is negative and the rank rule turns around.",
-            "The printed budget N r over the intervals would not save a parameter; over the layers "
-            "it gives the half that the paper's tables report.",
-        ),
-    )
+    "e2lora", "sharing", __doc__, ShareLoRA(share="AB", across="start"), start=EntropyIntervals()
 )

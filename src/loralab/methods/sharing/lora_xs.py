@@ -2,6 +2,16 @@
 
 There W = U Σ Vᵀ is [in, out]. Here, with W [out, in], dW = s U_r R V_r with U_r [out, r] and
 V_r [r, in] frozen, and Σ_r goes with V_r, the input's side.
+
+:summary: Trains r x r numbers per layer between frozen singular vectors of the weight
+:equation: dW = (alpha / r) U_r R S_r V_r^T, W = U S V^T, only R trained
+:trap: The paper multiplies from the right, x W: its A = U_r S_r is on the input's side.
+:trap: S_r stands in the update, so large singular values make large steps.
+:trap: r² parameters per layer: ranks of 4 to 64, and learning rates above LoRA's.
+:title: LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters
+:authors: Klaudia Bałazy, Mohammadreza Banaei, Karl Aberer, Jacek Tabor
+:source: arXiv 2405.17604, 2024: eqs. 2 and 3
+:verified: authors' code (MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py)
 """
 
 from dataclasses import dataclass
@@ -15,7 +25,7 @@ from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.methods.initialization.pissa import fast_svd
 from loralab.methods.sharing.vb_lora import normal
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Start, Tensors
+from loralab.recipe import Evidence, Form, Site, Start, Tensors
 
 
 def random_bases(site: Site, evidence: Evidence) -> Tensors:
@@ -97,25 +107,4 @@ class SVDBases(Start):
         return {"U_r": U * S**power, "V_r": (S ** (1 - power))[:, None] * Vh}
 
 
-register(
-    Method(
-        name="lora_xs",
-        axis="sharing",
-        recipe=Recipe(LoRAXS(), SVDBases()),
-        paper=Paper(
-            title="LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
-            authors="Klaudia Bałazy, Mohammadreza Banaei, Karl Aberer, Jacek Tabor",
-            year=2024,
-            arxiv="2405.17604",
-            equation="eqs. 2 and 3",
-            verified="authors' code (MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py)",
-        ),
-        summary="Trains r x r numbers per layer between frozen singular vectors of the weight",
-        equation="dW = (alpha / r) U_r R S_r V_r^T, W = U S V^T, only R trained",
-        traps=(
-            "The paper multiplies from the right, x W: its A = U_r S_r is on the input's side.",
-            "S_r stands in the update, so large singular values make large steps.",
-            "r² parameters per layer: ranks of 4 to 64, and learning rates above LoRA's.",
-        ),
-    )
-)
+register("lora_xs", "sharing", __doc__, LoRAXS(), start=SVDBases())

@@ -3,6 +3,18 @@ Roll(A_0, (m - 1) s_A)], and B alike with n chunks; s_A = max(⌊(r - u) / m⌋,
 
 Of r ranks, u are plain. The others are one trained chunk repeated along the hidden dimension, each
 copy rotated further along the ranks, so that no two stretches see the same directions.
+
+:summary: Within one adapter, rotated copies of a small chunk beside a few plain ranks
+:equation: A = [A_u; roll(A_0, i s_A) for i < m], B alike; dW = (alpha / r) B A
+:trap: The copies lie along the hidden dimension and are rotated along the ranks; LoRAFactory
+    rotates them along the hidden dimension.
+:trap: The chunk's start is bounded by all the layer's inputs, not by the chunk's own.
+:trap: Without rotation or plain ranks all stretches of the input are treated alike.
+:title: PRoLoRA: Partial Rotation Empowers More Parameter-Efficient LoRA
+:authors: Sheng Wang, Boyang Xue, Jiacheng Ye, Jiyue Jiang, Liheng Chen, Lingpeng Kong, Chuan Wu
+:source: arXiv 2402.16902, 2024: section 3
+:verified: authors' code (Forence1999/PRoLoRA, modules/chunkwise_sharing_LoRA.py); u, m and n are
+    arguments there, the defaults are LoRAFactory's
 """
 
 from dataclasses import dataclass
@@ -14,7 +26,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -82,28 +94,4 @@ class PRoLoRA(Form):
         return B, A
 
 
-register(
-    Method(
-        name="prolora",
-        axis="sharing",
-        recipe=Recipe(PRoLoRA()),
-        paper=Paper(
-            title="PRoLoRA: Partial Rotation Empowers More Parameter-Efficient LoRA",
-            authors="Sheng Wang, Boyang Xue, Jiacheng Ye, Jiyue Jiang, Liheng Chen, "
-            "Lingpeng Kong, Chuan Wu",
-            year=2024,
-            arxiv="2402.16902",
-            equation="section 3",
-            verified="authors' code (Forence1999/PRoLoRA, modules/chunkwise_sharing_LoRA.py); "
-            "u, m and n are arguments there, the defaults are LoRAFactory's",
-        ),
-        summary="Within one adapter, rotated copies of a small chunk beside a few plain ranks",
-        equation="A = [A_u; roll(A_0, i s_A) for i < m], B alike; dW = (alpha / r) B A",
-        traps=(
-            "The copies lie along the hidden dimension and are rotated along the ranks; "
-            "LoRAFactory rotates them along the hidden dimension.",
-            "The chunk's start is bounded by all the layer's inputs, not by the chunk's own.",
-            "Without rotation or plain ranks all stretches of the input are treated alike.",
-        ),
-    )
-)
+register("prolora", "sharing", __doc__, PRoLoRA())

@@ -2,6 +2,19 @@
 
 B_i and A are random, frozen and shared by all layers; Λ_i (r numbers) and Γ_i (one number per unit
 of the layer's smaller side) are trained. Where the outputs are the smaller side, dW is transposed.
+
+:summary: A full-rank update from frozen random bases, of which only diagonals are trained
+:equation: dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i), i = 1..ceil(min(m, n) / r)
+:trap: The parameter count falls as r grows: n = min(m, n) / r bases of min(m, n) numbers.
+:trap: The diagonals act on the smaller side of the layer, so the roles turn when the outputs are
+    fewer than the inputs.
+:trap: Alpha is 20 r by default, so learning rates are far below LoRA's.
+:title: RandLoRA: Full-rank parameter-efficient fine-tuning of large models
+:authors: Paul Albert, Frederic Z. Zhang, Hemanth Saratchandran, Cristian Rodriguez-Opazo, Anton van
+    den Hengel, Ehsan Abbasnejad
+:source: arXiv 2502.00987, 2025: section 4
+:verified: authors' code and equality with installed PEFT up to the order of the random columns,
+    which PEFT pairs differently
 """
 
 from collections.abc import Mapping
@@ -13,7 +26,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -65,28 +78,4 @@ class RandLoRA(Form):
         return ((x @ first) * L.unsqueeze(-2)) @ last
 
 
-register(
-    Method(
-        name="randlora",
-        axis="sharing",
-        recipe=Recipe(RandLoRA()),
-        paper=Paper(
-            title="RandLoRA: Full-rank parameter-efficient fine-tuning of large models",
-            authors="Paul Albert, Frederic Z. Zhang, Hemanth Saratchandran, "
-            "Cristian Rodriguez-Opazo, Anton van den Hengel, Ehsan Abbasnejad",
-            year=2025,
-            arxiv="2502.00987",
-            equation="section 4",
-            verified="authors' code and equality with installed PEFT up to the order of the "
-            "random columns, which PEFT pairs differently",
-        ),
-        summary="A full-rank update from frozen random bases, of which only diagonals are trained",
-        equation="dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i), i = 1..ceil(min(m, n) / r)",
-        traps=(
-            "The parameter count falls as r grows: n = min(m, n) / r bases of min(m, n) numbers.",
-            "The diagonals act on the smaller side of the layer, so the roles turn when the "
-            "outputs are fewer than the inputs.",
-            "Alpha is 20 r by default, so learning rates are far below LoRA's.",
-        ),
-    )
-)
+register("randlora", "sharing", __doc__, RandLoRA())

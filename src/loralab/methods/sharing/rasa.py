@@ -2,6 +2,19 @@
 
 Each of a kind's L layers gives k of its r ranks to a pool of L k ranks, which all of them use, each
 with its own weights D_i. So a layer has r - k + L k ranks at LoRA's count of parameters.
+
+:summary: Layers of a kind pool some of their ranks; every layer weights the whole pool
+:equation: dW_i = s [B_i B_S] diag(D_i) [A_i; A_S], rank r - k + L k
+:trap: The pool grows with the number of layers, and so does the cost of the forward pass.
+:trap: Layers of different kinds never share, even where their shapes agree.
+:trap: With one adapted layer of a kind the pool is that layer's own and RaSA is LoRA with weighted
+    ranks.
+:title: RaSA: Rank-Sharing Low-Rank Adaptation
+:authors: Zhiwei He, Zhaopeng Tu, Xing Wang, Xingyu Chen, Zhijie Wang, Jiahao Xu, Tian Liang,
+    Wenxiang Jiao, Zhuosheng Zhang, Rui Wang
+:source: arXiv 2503.12576, 2025: section 2
+:verified: abstract and survey arXiv 2601.22708 for the formula, authors' scripts (zwhe99/RaSA) for
+    k and alpha, LoRAFactory for the start of D
 """
 
 from collections.abc import Mapping
@@ -14,7 +27,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -64,28 +77,4 @@ class RaSA(Form):
         return torch.cat([t["B"], B_S], -1), t["D"].unsqueeze(-1) * A
 
 
-register(
-    Method(
-        name="rasa",
-        axis="sharing",
-        recipe=Recipe(RaSA()),
-        paper=Paper(
-            title="RaSA: Rank-Sharing Low-Rank Adaptation",
-            authors="Zhiwei He, Zhaopeng Tu, Xing Wang, Xingyu Chen, Zhijie Wang, Jiahao Xu, "
-            "Tian Liang, Wenxiang Jiao, Zhuosheng Zhang, Rui Wang",
-            year=2025,
-            arxiv="2503.12576",
-            equation="section 2",
-            verified="abstract and survey arXiv 2601.22708 for the formula, authors' scripts "
-            "(zwhe99/RaSA) for k and alpha, LoRAFactory for the start of D",
-        ),
-        summary="Layers of a kind pool some of their ranks; every layer weights the whole pool",
-        equation="dW_i = s [B_i B_S] diag(D_i) [A_i; A_S], rank r - k + L k",
-        traps=(
-            "The pool grows with the number of layers, and so does the cost of the forward pass.",
-            "Layers of different kinds never share, even where their shapes agree.",
-            "With one adapted layer of a kind the pool is that layer's own and RaSA is LoRA with "
-            "weighted ranks.",
-        ),
-    )
-)
+register("rasa", "sharing", __doc__, RaSA())

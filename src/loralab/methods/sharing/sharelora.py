@@ -1,6 +1,18 @@
 """ShareLoRA, arXiv 2406.10785, section 3: dW_i = s B_i A (ShareA), s B A_i (ShareB) or s B A.
 
 The shared factor is one trained tensor for all layers; the paper recommends to share A.
+
+:summary: LoRA with A (or B, or both) in common for many layers
+:equation: dW_i = (alpha / r) B_i A with one A for all layers of a kind
+:trap: Sharing A halves the parameters at LoRA's quality; sharing B or both costs quality.
+:trap: LoRAFactory shares between all kinds of layer, the authors' code only within one.
+:trap: The shared factor sums the gradients of all its layers.
+:title: ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared
+    Low-Rank Adaptation
+:authors: Yurun Song, Junchen Zhao, Ian G. Harris, Sangeetha Abdu Jyothi
+:source: arXiv 2406.10785, 2024: section 3
+:verified: authors' code (Rain9876/ShareLoRA, peft_share/tuners/lora/model.py), LoRAFactory and the
+    survey arXiv 2601.22708; the paper's text was not to be had
 """
 
 from collections.abc import Mapping
@@ -11,7 +23,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -48,27 +60,4 @@ class ShareLoRA(Form):
         return t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
 
 
-register(
-    Method(
-        name="sharelora",
-        axis="sharing",
-        recipe=Recipe(ShareLoRA()),
-        paper=Paper(
-            title="ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via "
-            "Shared Low-Rank Adaptation",
-            authors="Yurun Song, Junchen Zhao, Ian G. Harris, Sangeetha Abdu Jyothi",
-            year=2024,
-            arxiv="2406.10785",
-            equation="section 3",
-            verified="authors' code (Rain9876/ShareLoRA, peft_share/tuners/lora/model.py), "
-            "LoRAFactory and the survey arXiv 2601.22708; the paper's text was not to be had",
-        ),
-        summary="LoRA with A (or B, or both) in common for many layers",
-        equation="dW_i = (alpha / r) B_i A with one A for all layers of a kind",
-        traps=(
-            "Sharing A halves the parameters at LoRA's quality; sharing B or both costs quality.",
-            "LoRAFactory shares between all kinds of layer, the authors' code only within one.",
-            "The shared factor sums the gradients of all its layers.",
-        ),
-    )
-)
+register("sharelora", "sharing", __doc__, ShareLoRA())

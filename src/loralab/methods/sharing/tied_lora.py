@@ -2,6 +2,20 @@
 
 One pair A, B serves all layers of a kind; the diagonals u [r] and v [out] are each layer's own. The
 paper's configurations train some of the four and freeze the others; all four is its TL6.
+
+:summary: One trained pair for all layers of a kind, two trained diagonals per layer
+:equation: dW = (alpha / r) diag(v) B diag(u) A, A and B shared by the layers of a kind
+:trap: The paper adapts one fused attention projection, so that all tied layers have one shape; here
+    a kind's pair is made for its largest layer and cut.
+:trap: The gradients of all layers of a kind add up in A and B, which move faster than LoRA's at the
+    same learning rate.
+:trap: With train='uv' and a random frozen pair it is VeRA but for its scales.
+:title: Tied-LoRA: Enhancing parameter efficiency of LoRA with Weight Tying
+:authors: Adithya Renduchintala, Tugrul Konuk, Oleksii Kuchaiev
+:source: arXiv 2311.09578, 2023: eq. 2
+:verified: summaries, the parameter count in Forence1999/PRoLoRA (calculate_params.py) and the
+    survey arXiv 2601.22708; the paper's text was not to be had, and the start of u and v is our
+    reading
 """
 
 from collections.abc import Mapping
@@ -13,7 +27,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 PARTS = ("A", "B", "u", "v")
 
@@ -64,29 +78,4 @@ class TiedLoRA(Form):
         return t["v"].unsqueeze(-1) * B, t["u"].unsqueeze(-1) * A
 
 
-register(
-    Method(
-        name="tied_lora",
-        axis="sharing",
-        recipe=Recipe(TiedLoRA()),
-        paper=Paper(
-            title="Tied-LoRA: Enhancing parameter efficiency of LoRA with Weight Tying",
-            authors="Adithya Renduchintala, Tugrul Konuk, Oleksii Kuchaiev",
-            year=2023,
-            arxiv="2311.09578",
-            equation="eq. 2",
-            verified="summaries, the parameter count in Forence1999/PRoLoRA (calculate_params.py) "
-            "and the survey arXiv 2601.22708; the paper's text was not to be had, and the start "
-            "of u and v is our reading",
-        ),
-        summary="One trained pair for all layers of a kind, two trained diagonals per layer",
-        equation="dW = (alpha / r) diag(v) B diag(u) A, A and B shared by the layers of a kind",
-        traps=(
-            "The paper adapts one fused attention projection, so that all tied layers have one "
-            "shape; here a kind's pair is made for its largest layer and cut.",
-            "The gradients of all layers of a kind add up in A and B, which move faster than "
-            "LoRA's at the same learning rate.",
-            "With train='uv' and a random frozen pair it is VeRA but for its scales.",
-        ),
-    )
-)
+register("tied_lora", "sharing", __doc__, TiedLoRA())

@@ -1,6 +1,18 @@
 """TinyLoRA, arXiv 2602.04118, section 3: W' = W + U_r Σ_r (Σ_i v_i P_i) V_rᵀ, v in R^u trained.
 
 The P_i [r, r] are random and frozen, and one v may serve many layers: 13 numbers for a model.
+
+:summary: A vector of a few numbers, through fixed random matrices, between singular bases
+:equation: dW = U_r S_r (sum_i v_i P_i) V_r^T, only v trained
+:trap: The paper's rank is 2: a larger one adds frozen random directions, no parameters.
+:trap: So few numbers suffice with reinforcement learning; supervised training needs 100 to 1000
+    times as many for the same result.
+:trap: Alpha has no effect, and learning rates are far above LoRA's.
+:title: Learning to Reason in 13 Parameters
+:authors: John X. Morris, Niloofar Mireshghallah, Mark Ibrahim, Saeed Mahloujifar
+:source: arXiv 2602.04118, 2026: section 3
+:verified: abstract, a summary that quotes the formula, and equality with installed PEFT from equal
+    bases; PEFT splits S_r between them (sigma_side='both')
 """
 
 from collections.abc import Mapping
@@ -13,7 +25,7 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.sharing.lora_xs import SVDBases, random_bases
 from loralab.methods.sharing.vb_lora import normal
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -63,27 +75,4 @@ class TinyLoRA(Form):
         return t["U_r"] @ R.squeeze(-3), t["V_r"]
 
 
-register(
-    Method(
-        name="tinylora",
-        axis="sharing",
-        recipe=Recipe(TinyLoRA(), SVDBases(sigma_side="out")),
-        paper=Paper(
-            title="Learning to Reason in 13 Parameters",
-            authors="John X. Morris, Niloofar Mireshghallah, Mark Ibrahim, Saeed Mahloujifar",
-            year=2026,
-            arxiv="2602.04118",
-            equation="section 3",
-            verified="abstract, a summary that quotes the formula, and equality with installed "
-            "PEFT from equal bases; PEFT splits S_r between them (sigma_side='both')",
-        ),
-        summary="A vector of a few numbers, through fixed random matrices, between singular bases",
-        equation="dW = U_r S_r (sum_i v_i P_i) V_r^T, only v trained",
-        traps=(
-            "The paper's rank is 2: a larger one adds frozen random directions, no parameters.",
-            "So few numbers suffice with reinforcement learning; supervised training needs 100 to "
-            "1000 times as many for the same result.",
-            "Alpha has no effect, and learning rates are far above LoRA's.",
-        ),
-    )
-)
+register("tinylora", "sharing", __doc__, TinyLoRA(), start=SVDBases(sigma_side="out"))

@@ -2,6 +2,19 @@
 û = Σ_{s in TopK(σ)} softmax(TopK(σ))_s α_s, a mixture of k vectors α_s of one bank of h vectors.
 
 The bank [h, b] serves all layers; each stretch has its own trained logits σ [h]. dW = B A.
+
+:summary: Both factors are top-k mixtures of the vectors of one bank for the whole model
+:equation: dW = B A - B0 A0; stretches of A and B are sum_top-k softmax(logits)_s bank_s
+:trap: Only the k largest logits of a stretch get a gradient; which they are changes while training.
+:trap: The paper's start is not the base: A and B are both random. Here it is subtracted unless
+    anchored=False.
+:trap: What must be stored is small (k indices and weights per stretch), what is trained is not: all
+    h logits of every stretch.
+:trap: The logits want ten times the bank's learning rate; the trial's rate is the logits'.
+:title: VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks
+:authors: Yang Li, Shaobo Han, Shihao Ji
+:source: arXiv 2405.15179, 2024: section 3
+:verified: equality with installed PEFT, which the authors wrote
 """
 
 from collections.abc import Mapping
@@ -14,16 +27,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import (
-    Evidence,
-    Form,
-    Method,
-    OwnStart,
-    Paper,
-    Recipe,
-    Site,
-    Tensors,
-)
+from loralab.recipe import Evidence, Form, OwnStart, Recipe, Site, Tensors
 from loralab.training.adamw import AdamW
 
 
@@ -129,29 +133,11 @@ class BankRates(AdamW):
 
 
 register(
-    Method(
-        name="vb_lora",
-        axis="sharing",
-        recipe=Recipe(VBLoRA(), AnchoredStart(), BankRates()),
-        paper=Paper(
-            title="VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks",
-            authors="Yang Li, Shaobo Han, Shihao Ji",
-            year=2024,
-            arxiv="2405.15179",
-            equation="section 3",
-            verified="equality with installed PEFT, which the authors wrote",
-        ),
-        summary="Both factors are top-k mixtures of the vectors of one bank for the whole model",
-        equation="dW = B A - B0 A0; stretches of A and B are sum_top-k softmax(logits)_s bank_s",
-        traps=(
-            "Only the k largest logits of a stretch get a gradient; which they are changes while "
-            "training.",
-            "The paper's start is not the base: A and B are both random. Here it is subtracted "
-            "unless anchored=False.",
-            "What must be stored is small (k indices and weights per stretch), what is trained is "
-            "not: all h logits of every stretch.",
-            "The logits want ten times the bank's learning rate; the trial's rate is the logits'.",
-        ),
-        aliases=("vblora",),
-    )
+    "vb_lora",
+    "sharing",
+    __doc__,
+    VBLoRA(),
+    start=AnchoredStart(),
+    rule=BankRates(),
+    aliases=("vblora",),
 )

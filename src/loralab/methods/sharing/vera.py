@@ -1,6 +1,17 @@
 """VeRA, arXiv 2310.11454, eq. 2: h = W0 x + Λ_b B Λ_d A x, with A, B random, frozen and shared.
 
 One pair A, B serves all adapted layers, cut to each layer's size; a layer trains two vectors.
+
+:summary: Two trained vectors per layer around one frozen random pair for the whole model
+:equation: dW = diag(b) B diag(d) A, A and B frozen, random and shared; b0 = 0, d0 = 0.1
+:trap: A and B are shared by all layers of a trial: they are made once, for the largest layer, and
+    sliced.
+:trap: Alpha has no effect; ranks of 256 and more are usual and may exceed the layer.
+:trap: It wants learning rates some ten times LoRA's.
+:title: VeRA: Vector-based Random Matrix Adaptation
+:authors: Dawid J. Kopiczko, Tijmen Blankevoort, Yuki M. Asano
+:source: arXiv 2310.11454, 2023: eq. 2, section 3.1
+:verified: equality with installed PEFT; the survey's formula
 """
 
 from collections.abc import Mapping
@@ -11,7 +22,7 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Method, Paper, Recipe, Site, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -48,26 +59,4 @@ class VeRA(Form):
         return t["b"].unsqueeze(-1) * B, t["d"].unsqueeze(-1) * A
 
 
-register(
-    Method(
-        name="vera",
-        axis="sharing",
-        recipe=Recipe(VeRA()),
-        paper=Paper(
-            title="VeRA: Vector-based Random Matrix Adaptation",
-            authors="Dawid J. Kopiczko, Tijmen Blankevoort, Yuki M. Asano",
-            year=2023,
-            arxiv="2310.11454",
-            equation="eq. 2, section 3.1",
-            verified="equality with installed PEFT; the survey's formula",
-        ),
-        summary="Two trained vectors per layer around one frozen random pair for the whole model",
-        equation="dW = diag(b) B diag(d) A, A and B frozen, random and shared; b0 = 0, d0 = 0.1",
-        traps=(
-            "A and B are shared by all layers of a trial: they are made once, for the largest "
-            "layer, and sliced.",
-            "Alpha has no effect; ranks of 256 and more are usual and may exceed the layer.",
-            "It wants learning rates some ten times LoRA's.",
-        ),
-    )
-)
+register("vera", "sharing", __doc__, VeRA())
