@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loralab.bounds import Decay, Positive
 from loralab.errors import UserError
 from loralab.recipe import Hyper, Rule, SiteState
 
@@ -30,12 +31,9 @@ def check_moments(piece: Any) -> None:
 class AdamW(Rule):
     """Decoupled weight decay Adam; the step count is per slot, so a restart can reset it."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_moments(self)
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Positive = 1e-8
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
         """Apply one AdamW step to every tensor of every site."""
