@@ -24,6 +24,7 @@ class Site:
         layer: number of the transformer block it belongs to, counted over the adapted sites.
         n_layers: how many such blocks there are.
         asked: the rank the user asked for, where a Start or a Schedule has chosen another; else 0.
+        has_bias: whether the layer adds a bias.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     layer: int = 0
     n_layers: int = 1
     asked: int = 0
+    has_bias: bool = False
 
 
 @dataclass(frozen=True)

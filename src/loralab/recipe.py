@@ -129,7 +129,7 @@ class Form(Piece):
     def outer(self, t: Tensors, y: Tensor, site: Site) -> Tensor:
         """Return what stands in place of y = W inner(x), [*, n, out], in y's dtype; linear.
 
-        The bias stays apart.
+        The bias stays apart: see `bias`.
         """
         return y
 
@@ -137,6 +137,13 @@ class Form(Piece):
         """Return the matrix [*, out, in] in place of W [out, in]; dW is added to it."""
         one = torch.eye(site.d_in, dtype=W.dtype, device=W.device)
         return self.outer(t, self.inner(t, one, site) @ W.mT, site).mT
+
+    def bias(self, t: Tensors, b: Tensor, site: Site) -> Tensor:
+        """Return the bias [*, out] in place of the layer's own b [out], if it has one.
+
+        b is in fp32, or in fp64 for an fp64 base.
+        """
+        return b
 
     def gain(self, t: Tensors, row_norm: Tensor) -> Tensor:
         """Return g [*, out] where W' = diag(g) (W + dW); `row_norm` is |W_i + dW_i|, [*, out].

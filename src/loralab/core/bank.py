@@ -39,7 +39,7 @@ class Bank(Update):
 
     def fusible(self) -> bool:
         """Return whether the update is two factors and nothing else."""
-        plain = not (self.frames or self.replaces)
+        plain = not (self.frames or self.replaces or self.shifts)
         return (
             self.kind == "factors" and plain and (not self.fast_branch or self.past_B is not None)
         )
@@ -77,6 +77,9 @@ class Bank(Update):
             z = ScaleRows.apply(z, g)
             if bias is not None:  # g (z - bias) + bias, exact where g = 1
                 z = z + ((1 - g) * bias).to(z.dtype)[:, None]
+        if self.shifts and bias is not None:
+            shift = self.form.bias(self.seen(lo, hi), wide(bias), self.site) - wide(bias)
+            z = z + shift.to(z.dtype).expand(k, -1)[:, None]  # exactly 0 where b stays
         return z.flatten(0, 1)
 
     def _updated(

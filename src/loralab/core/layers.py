@@ -64,6 +64,11 @@ def frozen_weight(module: nn.Module) -> Weight:
     return oriented(module, module.weight) if found is None else found  # type: ignore[arg-type]
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return the layer's bias [out], or None where it adds none."""
+    return getattr(module, "bias", None)
+
+
 def read(weight: Weight) -> Tensor:
     """Return W [out, in]."""
     return weight if isinstance(weight, Tensor) else weight.read()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from loralab.core.coded import coded, plain_class
-from loralab.core.layers import stored, weight_of
+from loralab.core.layers import bias_of, stored, weight_of
 from loralab.core.pack import Pack, check_free
 
 
@@ -69,6 +69,10 @@ class Merged:
             weight = weight_of(module)
             merged = site.banks[0].dense(weight, 0).to(weight.dtype)
             found.append((module, "weight", stored(module, merged)))
+            bias = bias_of(module)
+            if bias is not None and site.banks[0].shifts:
+                shifted = site.banks[0].biased(weight, bias.detach(), 0).to(bias.dtype)
+                found.append((module, "bias", shifted))
         for name, whole in zip(pack.whole_names, pack.whole, strict=True):
             module = pack.model.get_submodule(name)
             for leaf in whole.names:

@@ -12,6 +12,7 @@ from loralab.core.bank import Bank
 from loralab.core.context import Context
 from loralab.core.layers import (
     Weight,
+    bias_of,
     from_vectors,
     frozen_weight,
     is_plain,
@@ -89,7 +90,7 @@ class LinearSite(nn.Module):
         if self.layout.disabled:
             return base_forward(module, x)
         weight = frozen_weight(module)
-        bias: Tensor | None = getattr(module, "bias", None)
+        bias = bias_of(module)
         if self._fusible(module, x):
             x2 = x.reshape(-1, x.shape[-1])
             with self._contexts(weight, x, self.layout.counts(x.shape[0], len(x2))):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loralab.core.bank import PAST, START
-from loralab.core.layers import frozen_weight, weight_of, wide
+from loralab.core.layers import bias_of, frozen_weight, weight_of, wide
 from loralab.core.slots import SlotSpec
 from loralab.errors import UserError
 from loralab.recipe import Evidence, Site, Start, Tensors
@@ -35,9 +35,11 @@ def sites_of(model: nn.Module, names: Sequence[str], spec: SlotSpec) -> dict[str
     """Return layers as the pieces see them."""
     where, found = places(names), {}
     for name in names:
-        d_out, d_in = frozen_weight(model.get_submodule(name)).shape
+        module = model.get_submodule(name)
+        d_out, d_in = frozen_weight(module).shape
         rank, asked = spec.rank_at(name), spec.asked_at(name)
-        found[name] = Site(name, d_in, d_out, rank, *where[name], asked)
+        biased = bias_of(module) is not None
+        found[name] = Site(name, d_in, d_out, rank, *where[name], asked, biased)
     return found
 
 

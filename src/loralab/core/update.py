@@ -62,6 +62,7 @@ class Update(nn.Module):
         self.spans = self.kind == "factors" and self.form.dense  # factors as wide as the layer
         self.frames = gives(self.form, "inner", "outer")  # the base layer runs with a changed x, y
         self.replaces = gives(self.form, "base")  # the base layer's matrix is another one
+        self.shifts = gives(self.form, "bias")  # the layer's bias is another one
         self.draws, self.has_aux_loss = gives(self.form, "draw"), gives(self.form, "aux_loss")
         self.looks_around = bool(self.draws or self.form.reads or self.form.by_sequence)
         self.input_scale = 1.0  # what a scaled embedding multiplies its rows by
@@ -189,6 +190,11 @@ class Update(nn.Module):
             if self.gains:
                 merged = merged * self.gain(weight, slot, slot + 1)[0][:, None]
         return merged
+
+    def biased(self, weight: Weight, bias: Tensor, slot: int) -> Tensor:
+        """Return the bias [out] of one slot in fp32 (fp64 for an fp64 base)."""
+        with self.reading(weight):
+            return self.form.bias(self.seen(slot, slot + 1), wide(bias), self.site).view(-1)
 
     @contextlib.contextmanager
     def reading(self, weight: Weight) -> Iterator[None]:

@@ -143,6 +143,10 @@ def as_lora(portable: Portable, rank: int | None = None) -> tuple[View, float]:
             f"{method} has no LoRA form on this base: it puts another matrix in the base's place; "
             "merge it"
         )
+    if gives(form, "bias") and any(portable.layer(name).bias for name in portable.sites):
+        raise UserError(
+            f"{method} has no LoRA form on layers with a bias, which it changes too; merge it"
+        )
     if rank is None and not low_rank(form):
         raise UserError(
             f"{method} has a dense update, so that LoRA can only approximate it; say the rank"

@@ -163,7 +163,6 @@ def _own(
                 for n, (k, size, bias) in record.get("layers", {}).items()
             },
             start_again=record["start_again"],
-            no_bias=type_ is not None and type_.no_bias,
             base=base,
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -206,9 +205,7 @@ def _foreign(
     used = {*type_.keys, *COMMON, "modules_to_save", "peft_type", "bias", "fan_in_fan_out"}
     foreign = {k: v for k, v in config.items() if k not in used}
     kept = {k: config.get(k) for k in (*COMMON, "modules_to_save")}
-    return dataclasses.replace(
-        portable, config=kept, foreign=foreign, no_bias=type_.no_bias, base=base
-    )
+    return dataclasses.replace(portable, config=kept, foreign=foreign, base=base)
 
 
 def _refuse(config: dict[str, Any]) -> None:

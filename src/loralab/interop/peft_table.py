@@ -109,8 +109,6 @@ class Table(PeftType):
         spec = portable.spec
         if not fits(portable, self.method, self.kinds):
             return None
-        if self.no_bias and any(portable.layer(n).bias for n in portable.sites):
-            return None
         config = self._rank_keys(portable) if self.allows(portable) else None
         if config is None:
             return None

@@ -185,54 +185,57 @@ class WaveFT(FourierFT):
 
 
 class GLoRA(Table):
-    """W ∘ A + B, both paths of one kind; PEFT's three bias paths are absent."""
+    """W scaled and shifted, and the bias; PEFT has one kind for A and B and one for D and E.
+
+    An absent path to the bias is a buffer of zeros in PEFT's files; here it is called `no_C` and
+    the like for as long as a file is read or written.
+    """
 
     name, method = "GLORA", "glora"
     tensors: ClassVar[dict[str, str]] = {
         "A_d": "glora_A.Xd: m r", "A_u": "glora_A.Xu: r n",
         "B_d": "glora_B.Xd: m r", "B_u": "glora_B.Xu: r n",
-        "A": "glora_A.X: p -> p", "B": "glora_B.X: p -> p",
-        "C": "glora_C.zeros: n -> n 1", "D": "glora_D.zeros: m", "E": "glora_E.zeros: m",
+        "C_d": "glora_C.Xd: n r", "C_u": "glora_C.Xu: r u",
+        "A": "glora_A.X: p", "B": "glora_B.X: p", "C": "glora_C.X: n -> n 1",
+        "D": "glora_D.X: q", "E": "glora_E.X: q",
+        "no_C": "glora_C.zeros: n -> n 1", "no_D": "glora_D.zeros: m", "no_E": "glora_E.zeros: m",
     }  # fmt: skip
     more = ("config_A_B", "config_C", "config_D_E")
-    elsewhere = (
-        "glora_C.Xd", "glora_C.Xu", "glora_C.X", "glora_D.X", "glora_E.X",
-    )  # fmt: skip
 
     def allows(self, portable: Portable) -> bool:
         form: Any = portable.spec.recipe.form
-        return form.path_A == form.path_B and None not in portable.sizes.values()
+        alike = form.path_A == form.path_B and form.path_D == form.path_E
+        return alike and None not in portable.sizes.values()
 
     def config(self, portable: Portable) -> dict[str, Any]:
         form: Any = portable.spec.recipe.form
-        return {"config_A_B": form.path_A, "config_C": "none", "config_D_E": "none"}
+        kinds = zip(self.more, (form.path_A, form.path_C, form.path_D), strict=True)
+        return dict(kinds)
 
     def options(self, config: dict[str, Any], sites: Sites) -> dict[str, Any]:
-        path = config.get("config_A_B", "lora")
-        return {"path_A": path, "path_B": path}
+        A_B, C = config.get("config_A_B", "lora"), config.get("config_C", "lora")
+        D_E = config.get("config_D_E", "constant")
+        return {"path_A": A_B, "path_B": A_B, "path_C": C, "path_D": D_E, "path_E": D_E}
 
     def _out(self, own: Tensors, portable: Portable, site: str) -> Tensors:
         vector = portable.spec.recipe.form.path_A == "vector"  # type: ignore[attr-defined]
         found = super()._out(own, portable, site)
-        return {n: t[:, None] if vector and n.endswith(".X") else t for n, t in found.items()}
+        columns = ("glora_A.X", "glora_B.X") if vector else ()
+        return {n: t[:, None] if n in columns else t for n, t in found.items()}
 
     def _in(self, said: Tensors, site: str) -> Tensors:
-        if any(path in said for path in self.elsewhere):
-            raise UserError(
-                f"this GLORA adapter has paths to the bias of layer {site!r} (config_C, "
-                "config_D_E), which cannot be run here"
-            )
-        flat = {n: t.flatten() if n.endswith(".X") else t for n, t in said.items()}
-        return super()._in(flat, site)
+        flat = ("glora_A.X", "glora_B.X")
+        return super()._in({n: t.flatten() if n in flat else t for n, t in said.items()}, site)
 
     def there(self, own: Tensors, portable: Portable, site: str) -> Tensors:
         size = portable.sizes[site]
         assert size is not None
         zeros = next(iter(own.values())).new_zeros
-        return own | {"C": zeros(size[1]), "D": zeros(size[0]), "E": zeros(size[0])}
+        absent = [n for n in "CDE" if n not in own and f"{n}_d" not in own]
+        return own | {f"no_{n}": zeros(size[1] if n == "C" else size[0]) for n in absent}
 
     def here(self, own: Tensors, portable: Portable, site: str) -> Tensors:
-        return {n: t for n, t in own.items() if n not in "CDE"}
+        return {n: t for n, t in own.items() if not n.startswith("no_")}
 
 
 class VeRA(Table):
@@ -390,9 +393,9 @@ class BOFT(Table):
 
 
 class IA3(Table):
-    """A factor per output, or per input of a feed-forward layer. PEFT scales biases too."""
+    """A factor per output, or per input of a feed-forward layer."""
 
-    name, method, rank, no_bias = "IA3", "ia3", "", True
+    name, method, rank = "IA3", "ia3", ""
     tensors: ClassVar[dict[str, str]] = {"l": "ia3_l: u -> u 1"}
     kinds, more = WITH_CONV1D, ("feedforward_modules",)
 
@@ -426,9 +429,9 @@ class IA3(Table):
 
 
 class RoAd(Table):
-    """Rotations of pairs of outputs. PEFT turns biases too."""
+    """Rotations of pairs of outputs."""
 
-    name, method, rank, no_bias = "ROAD", "road", "", True
+    name, method, rank = "ROAD", "road", ""
     tensors: ClassVar[dict[str, str]] = {"alpha": "road_alpha: p", "theta": "road_theta: p"}
     settings: ClassVar[dict[str, str]] = {"group_size": "group"}
     more = ("variant",)

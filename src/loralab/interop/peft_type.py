@@ -33,13 +33,11 @@ class PeftType:
         name: PEFT's `peft_type`.
         suffixes: endings of the keys of one site.
         keys: configuration keys that `read` uses and `view` writes.
-        no_bias: PEFT's formula changes the layers' biases, which ours leaves alone.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     keys: ClassVar[tuple[str, ...]]
-    no_bias: ClassVar[bool] = False
 
     def view(self, portable: Portable) -> View | None:
         """Return the adapter in this type, or None where PEFT's type is another function."""

@@ -56,7 +56,6 @@ class Portable:
         start_again: the file has no anchor; it is what the Start makes of the base.
         finish: makes the sites' tensors of the file's where that needs the sizes of the layers or
             their order in the model.
-        no_bias: the file's formula has another say about biases, so the layers must have none.
         base: weights of the base that the file repeats; they must be the model's.
         weights: the base weights [out, in], where the model is at hand.
     """
@@ -72,7 +71,6 @@ class Portable:
     layers: Mapping[str, Layer] = field(default_factory=dict)
     start_again: bool = False
     finish: Callable[[dict[str, Tensors], dict[str, Size]], dict[str, Tensors]] | None = None
-    no_bias: bool = False
     base: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Weight] = field(default_factory=dict)
 
@@ -117,7 +115,7 @@ class Portable:
         recipe = replace(self.spec.recipe, start=Blank(any(n.endswith(START) for n in own)))
         place = places(self.sites)[name]
         ranks = (self.spec.rank_at(name), self.spec.asked_at(name))
-        site = Site(name, size[1], size[0], ranks[0], *place, ranks[1])
+        site = Site(name, size[1], size[0], ranks[0], *place, ranks[1], self.layer(name).bias)
         like = next(iter(tensors.values()))
         bank = Bank(recipe, site, tensors, like.new_tensor([self.spec.scale_at(name)]), 0.0)
         for n, t in own.items():
@@ -309,12 +307,6 @@ def _check_names(model: nn.Module, portable: Portable) -> None:
 
 def _check_base(model: nn.Module, portable: Portable) -> None:
     """Raise UserError where the file says what the base must be, and it is not."""
-    for name in portable.sites:
-        if portable.no_bias and getattr(model.get_submodule(name), "bias", None) is not None:
-            raise UserError(
-                f"layer {name!r} has a bias, which PEFT's {portable.method} changes too and ours "
-                "leaves alone; the adapter cannot be run here"
-            )
     own = dict(model.named_parameters())
     for name, tensor in portable.base.items():
         same = name in own and own[name].shape == tensor.shape

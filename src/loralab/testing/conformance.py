@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from loralab.core.adapter import Adapter, adapt, load
 from loralab.core.bank import mergeable
-from loralab.core.layers import stored, weight_of
+from loralab.core.layers import bias_of, stored, weight_of
 from loralab.core.starts import group_of
 from loralab.core.stopgrad import stops
 from loralab.errors import UserError
@@ -119,7 +119,10 @@ def _dense_loss(adapter: Adapter, batch: dict[str, Tensor]) -> Tensor:
     weights: dict[str, Tensor] = dict(bare.named_parameters())
     for name, (_, bank) in zip(pack.names, pack.banks(), strict=True):
         module = pack.model.get_submodule(name)
-        weights[f"{name}.weight"] = stored(module, bank.dense(weight_of(module).detach(), 0))
+        W, b = weight_of(module).detach(), bias_of(module)
+        weights[f"{name}.weight"] = stored(module, bank.dense(W, 0))
+        if b is not None:
+            weights[f"{name}.bias"] = bank.biased(W, b.detach(), 0)
     return toy_loss(lambda x: functional_call(bare, weights, (x,)), batch)  # type: ignore[arg-type]
 
 

@@ -1,19 +1,18 @@
-"""(IA)³, arXiv 2205.05638, section 3.3: softmax(Q (l_k ∘ Kᵀ) / √d_k) (l_v ∘ V) and
-(l_ff ∘ γ(W1 x)) W2, with l = 1 at the start.
+"""(IA)³: softmax(Q (l_k ∘ Kᵀ) / √d_k) (l_v ∘ V) and (l_ff ∘ γ(W1 x)) W2, with l = 1 at the start.
 
-Keys and values are outputs of their layers, l ∘ (W x); l_ff scales the input of the second
+Keys and values are outputs of their layers, l ∘ (W x + b); l_ff scales the input of the second
 feed-forward layer. The paper adapts keys, values and that layer only: choose targets accordingly.
 
 :summary: Rescales keys, values and feed-forward activations by learned factors
 :equation: W' = diag(l) W, or W diag(l) in the last feed-forward layer, l0 = 1
 :trap: In the feed-forward block l scales the input of the second layer, not its output.
-:trap: Ours leaves the bias as it is; PEFT scales W x + bias. The paper's T0 has no biases.
+:trap: Where the output is scaled, so is the bias, as in the authors' code; T0 has none.
 :trap: A handful of parameters per layer: the best learning rate is far above LoRA's.
 :title: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
 :authors: Haokun Liu, Derek Tam, Mohammed Muqeeth, Jay Mohta, Tenghao Huang, Mohit Bansal, Colin
     Raffel
 :source: arXiv 2205.05638, 2022: section 3.3
-:verified: paper; equality with installed PEFT on layers without bias
+:verified: paper and authors' code (r-three/t-few, src/models/lora.py); equality with installed PEFT
 """
 
 from dataclasses import dataclass
@@ -57,6 +56,9 @@ class IA3(Form):
 
     def outer(self, t: Tensors, y: Tensor, site: Site) -> Tensor:
         return y if self.scales_input(site) else (y * t["l"].unsqueeze(-2)).to(y.dtype)
+
+    def bias(self, t: Tensors, b: Tensor, site: Site) -> Tensor:
+        return b if self.scales_input(site) else b * t["l"]
 
 
 register("ia3", "optimization", __doc__, IA3())

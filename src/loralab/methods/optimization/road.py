@@ -1,4 +1,4 @@
-"""RoAd, arXiv 2409.00119, eqs. 3 and 4: z = R (W0ᵀ x), R = diag(R_1, ..., R_{d/2}) with
+"""RoAd: z = R h for a layer's output h, R = diag(R_1, ..., R_{d/2}) with
 R_i = [[α_11 cos θ_11, -α_12 sin θ_12], [α_21 sin θ_21, α_22 cos θ_22]], α = 1 and θ = 0 at first.
 
 RoAd1 has one α and θ per block, RoAd2 one per row, RoAd4 all four (table 1).
@@ -6,20 +6,21 @@ RoAd1 has one α and θ per block, RoAd2 one per row, RoAd4 all four (table 1).
 :summary: Turns and scales pairs of the layer's outputs
 :equation: W' = R W, R of 2 x 2 blocks alpha [[cos t, -sin t], [sin t, cos t]]
 :trap: It acts on the output, OFT on the input.
-:trap: Ours leaves the bias as it is, as in the paper's z = R (W x); PEFT turns it as well.
+:trap: R turns the bias too, as in PEFT; the paper writes z = R (W x), where no bias stands.
 :trap: In RoAd2 and RoAd4 a block is no rotation any more, and R not orthogonal.
 :title: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability
 :authors: Baohao Liao, Christof Monz
 :source: arXiv 2409.00119, 2024: eqs. 2 to 4, table 1
-:verified: paper; equality with installed PEFT on layers without bias
+:verified: paper (eqs. 2 to 4, table 1); equality with installed PEFT
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from loralab.bounds import Bound
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
@@ -30,7 +31,7 @@ class RoAd(Form):
     """Scaled rotations of pairs of outputs; the rank has no say, `variant` sets the size.
 
     Args:
-        variant: 1, 2 or 4: out, 2 out or 4 out parameters.
+        variant: out, 2 out or 4 out parameters.
         group: outputs j and j + group / 2 of each group form a pair. 2 pairs neighbours, as the
             paper does; PEFT takes 64, for the speed of its kernels.
     """
@@ -38,14 +39,8 @@ class RoAd(Form):
     any_rank: ClassVar[bool] = True
     recomputed: ClassVar[frozenset[str]] = frozenset({"outer"})  # turned copies of y
 
-    variant: int = 1
-    group: int = 2
-
-    def __post_init__(self) -> None:
-        if self.variant not in (1, 2, 4):
-            raise UserError(f"variant of RoAd is 1, 2 or 4, not {self.variant}")
-        if self.group < 2 or self.group % 2:
-            raise UserError(f"group of RoAd is an even number of outputs, not {self.group}")
+    variant: Literal[1, 2, 4] = 1
+    group: Annotated[int, Bound("an even number", lambda v: v > 0 and v % 2 == 0)] = 2
 
     def scale(self, alpha: float, rank: int) -> float:
         return 1.0
@@ -72,6 +67,9 @@ class RoAd(Form):
         # Pack axes stand before the rows of y, groups behind them.
         z = along.unsqueeze(-4) * h + across.unsqueeze(-4) * turned
         return z.flatten(-3).to(y.dtype)
+
+    def bias(self, t: Tensors, b: Tensor, site: Site) -> Tensor:
+        return self.outer(t, b[None], site).squeeze(-2)
 
 
 register("road", "optimization", __doc__, RoAd())
