@@ -25,6 +25,9 @@ class Site:
         n_layers: how many such blocks there are.
         asked: the rank the user asked for, where a Start or a Schedule has chosen another; else 0.
         has_bias: whether the layer adds a bias.
+        block: name of the module that holds this layer beside other adapted ones, such as a
+            feed-forward block; empty where there is none.
+        leads: whether it is the first of its block, or has none.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Site:
     n_layers: int = 1
     asked: int = 0
     has_bias: bool = False
+    block: str = ""
+    leads: bool = True
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,19 @@ class Form(Piece):
         """Return whether `gain` holds the row norm constant in the backward pass."""
         return False
 
+    def routes(self, site: Site) -> bool:
+        """Return whether `route` is asked at this site, which then leads a block."""
+        return False
+
+    def route(self, t: Tensors, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        """Return which experts each input visits, and with what weight: [*, n, V] each.
+
+        For Forms whose experts are whole blocks (MixLoRA). x [*, n, in] is the input of
+        `site.block`. The core runs the block once for each of the V visits, with t["expert"]
+        [*, n] at all of its sites, and adds up the weighted results; "expert" must be in `reads`.
+        """
+        raise NotImplementedError
+
     def draw(self, site: Site, n: int, generator: torch.Generator) -> Tensors:
         """Return one slot's random tensors of one training step, for n input vectors.
 

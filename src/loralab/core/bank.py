@@ -16,6 +16,7 @@ from loralab.core.update import Update, gives
 from loralab.core.update import has_gain as has_gain
 from loralab.core.update import kind as kind
 from loralab.core.update import mergeable as mergeable
+from loralab.errors import UserError
 from loralab.recipe import Tensors
 
 
@@ -182,6 +183,22 @@ class Bank(Update):
         return out.reshape(*x.shape[:-1], weight.shape[0]) * self.scale[lo:hi, None, None].to(
             x.dtype
         )
+
+    def route(self, x: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """Return one slot's experts and weights, [V, ...] each, for the block's input x [..., in].
+
+        Raises:
+            UserError: the block's input is not this layer's.
+        """
+        if x.shape[-1] != self.site.d_in:
+            raise UserError(
+                f"layer {self.site.name!r} routes the tokens of block {self.site.block!r} and "
+                f"takes {self.site.d_in} inputs, not the block's {x.shape[-1]}; adapt the block's "
+                "first layer too"
+            )
+        t = _cast(self.tensors(slot, slot + 1), x.dtype)
+        expert, weight = self.form.route(t, x.reshape(1, -1, x.shape[-1]), self.site)
+        return tuple(v[0].mT.unflatten(-1, x.shape[:-1]) for v in (expert, weight))  # type: ignore
 
     def aux_loss(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Return the Form's loss [K] on the inputs x [rows, in], `counts` rows for each slot."""

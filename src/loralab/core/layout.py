@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class Layout:
         self.given: dict[str, Tensor] = {}
         self.aux: dict[tuple[str, int], Tensor] = {}
         self._last_cast: tuple[weakref.ref[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies leave out what hangs on the graph of the last forward pass."""
+        return {**vars(self), "aux": {}, "_last_cast": None}
 
     @property
     def size(self) -> int:

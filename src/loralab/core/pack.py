@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.core.bank import Bank
+from loralab.core.blocks import EXPERT, RoutedBlock
 from loralab.core.change import keep
 from loralab.core.layers import weight_of, wide
 from loralab.core.layout import Layout
@@ -63,6 +64,12 @@ class Pack(nn.Module):
             TrainedSite(model.get_submodule(n), self.layout, ks) for n, ks in whole.items()
         ]
         self._registered = nn.ModuleList([*self.sites, *self.whole])
+        self._blocks = {
+            bank.site.block: RoutedBlock(bank.site.block, self.layout, site)
+            for site in self.sites
+            for bank in site.banks
+            if bank.routes
+        }
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._encoders = [
             m
@@ -128,7 +135,7 @@ class Pack(nn.Module):
         Raises:
             UserError: no Form of the pack reads a tensor of that name.
         """
-        read = set().union(*(s.recipe.form.reads for s in self.slots)) - {"W"}
+        read = set().union(*(s.recipe.form.reads for s in self.slots)) - {"W", EXPERT}
         if unknown := sorted(set(tensors) - read):
             raise UserError(
                 f"no method of this pack reads {unknown[0]!r}"
@@ -176,6 +183,8 @@ class Pack(nn.Module):
         for name, adapter in zip(names, adapters, strict=True):
             parent = self.model.get_submodule(name.rpartition(".")[0])
             attach(self.model.get_submodule(name), adapter, parent)
+        for name, block in self._blocks.items():
+            attach(self.model.get_submodule(name), block)
         for encoder in self._encoders:  # nested tensors have no rows to share among slots
             encoder.use_nested_tensor = False  # type: ignore[assignment]
         if any("valid" in s.recipe.form.reads for s in self.slots):
@@ -186,7 +195,7 @@ class Pack(nn.Module):
         """Give the model back as it was: classes, weights and trainability flags."""
         if not self.attached:
             return
-        for name in [*self.names, *self.whole_names]:
+        for name in [*self.names, *self.whole_names, *self._blocks]:
             detach(self.model.get_submodule(name))
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._flags[name])

@@ -24,11 +24,27 @@ def block_of(name: str) -> str:
     return ".".join(parts[: at + 1])
 
 
-def places(names: Iterable[str]) -> dict[str, tuple[str, int, int]]:
-    """Return (kind, layer, n_layers) of every adapted layer, as `Site` has them."""
-    blocks = {n: block_of(n) for n in names}
-    order = {block: i for i, block in enumerate(dict.fromkeys(blocks.values()))}
-    return {n: (n.rpartition(".")[2], order[b], len(order)) for n, b in blocks.items()}
+def places(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return kind, layer, n_layers, block and leads of every adapted layer, as `Site` has them."""
+    layers = {n: block_of(n) for n in names}
+    order = {layer: i for i, layer in enumerate(dict.fromkeys(layers.values()))}
+    beside: dict[str, list[str]] = {}
+    for name in layers:
+        beside.setdefault(name.rpartition(".")[0], []).append(name)
+    found = {}
+    for name, layer in layers.items():
+        parent = name.rpartition(".")[0]
+        # A numbered parent is a whole transformer layer, and a single layer needs no block.
+        is_block = not parent.rpartition(".")[2].isdigit() and len(beside[parent]) > 1
+        block = parent if is_block else ""
+        found[name] = {
+            "kind": name.rpartition(".")[2],
+            "layer": order[layer],
+            "n_layers": len(order),
+            "block": block,
+            "leads": not block or beside[parent][0] == name,
+        }
+    return found
 
 
 def sites_of(model: nn.Module, names: Sequence[str], spec: SlotSpec) -> dict[str, Site]:
@@ -39,7 +55,7 @@ def sites_of(model: nn.Module, names: Sequence[str], spec: SlotSpec) -> dict[str
         d_out, d_in = frozen_weight(module).shape
         rank, asked = spec.rank_at(name), spec.asked_at(name)
         biased = bias_of(module) is not None
-        found[name] = Site(name, d_in, d_out, rank, *where[name], asked, biased)
+        found[name] = Site(name, d_in, d_out, rank, asked=asked, has_bias=biased, **where[name])
     return found
 
 

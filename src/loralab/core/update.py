@@ -64,6 +64,9 @@ class Update(nn.Module):
         self.replaces = gives(self.form, "base")  # the base layer's matrix is another one
         self.shifts = gives(self.form, "bias")  # the layer's bias is another one
         self.draws, self.has_aux_loss = gives(self.form, "draw"), gives(self.form, "aux_loss")
+        # Experts are whole blocks, and this is the layer that routes a block's input.
+        routed = site.leads and bool(site.block) and self.form.routes(site)
+        self.routes = routed and gives(self.form, "route")
         self.looks_around = bool(self.draws or self.form.reads or self.form.by_sequence)
         self.input_scale = 1.0  # what a scaled embedding multiplies its rows by
         self.context: Context | None = None

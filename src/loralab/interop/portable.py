@@ -113,9 +113,15 @@ class Portable:
         shared = self.spec.recipe.form.shared
         tensors |= {n: self.shared[shared_key(self.spec, name, n)][None] for n in shared}
         recipe = replace(self.spec.recipe, start=Blank(any(n.endswith(START) for n in own)))
-        place = places(self.sites)[name]
-        ranks = (self.spec.rank_at(name), self.spec.asked_at(name))
-        site = Site(name, size[1], size[0], ranks[0], *place, ranks[1], self.layer(name).bias)
+        site = Site(
+            name,
+            size[1],
+            size[0],
+            self.spec.rank_at(name),
+            asked=self.spec.asked_at(name),
+            has_bias=self.layer(name).bias,
+            **places(self.sites)[name],
+        )
         like = next(iter(tensors.values()))
         bank = Bank(recipe, site, tensors, like.new_tensor([self.spec.scale_at(name)]), 0.0)
         for n, t in own.items():

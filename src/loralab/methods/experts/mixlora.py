@@ -1,15 +1,15 @@
-"""MixLoRA, arXiv 2404.15159: LoRA experts in the feed-forward block, chosen per token, and plain
-LoRA in attention: y = W0 x + s Σ_{i ∈ top-k} ω_i B_i A_i x, ω the top k of softmax(W_g x), divided
-by their sum, with the balance loss a N Σ_i F_i P_i.
+"""MixLoRA: experts that are whole feed-forward blocks, chosen per token; plain LoRA in attention.
 
-In the paper one router reads the block's input and an expert is a whole feed-forward block, mixed
-after its last layer. Here every feed-forward layer has a router that reads the layer's own input
-and mixes there; gate and up projection see the same input as in the paper, the down projection the
-mixture.
+An expert is the frozen block with LoRA pairs of its own on every layer, E_i(x); one router reads
+the block's input. In models whose feed-forward layers are no module of their own (BERT, OPT) each
+of them is a block by itself. The authors' code averages F and P over tokens and blocks together
+before it multiplies them; here the blocks' losses are averaged.
 
-:summary: Top-k LoRA experts in the feed-forward layers, plain LoRA in attention
-:equation: y = W x + s sum_(i in top k) w_i B_i A_i x; loss + a N sum_i F_i P_i
-:trap: The paper routes once per feed-forward block; here each of its layers routes.
+:summary: Top-k experts that are whole feed-forward blocks, and plain LoRA in attention
+:equation: y = sum_(i in top k) w_i E_i(x), w the top k of softmax(W_g x) over their sum; loss +
+    a N sum_i F_i P_i
+:trap: Mixing after each layer is another function: the activation stands between the layers.
+:trap: Every token passes the block k times, in the frozen layers too.
 :trap: A layer is taken for attention if its name has 'attn' or 'attention' in it.
 :trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
 :title: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts
@@ -17,7 +17,7 @@ mixture.
     Zhang, Lei Duan, Jie Zuo, Cal Yang, Mingjie Tang
 :source: arXiv 2404.15159, 2024: section 3, top-k router and balance loss
 :verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; TUDB-Labs/MoE-PEFT,
-    adapters/mixlora), layer by layer instead of per block; the paper's own text was not to be had
+    adapters/mixlora); a is the README's 0.01, the code's class has 0.001
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from loralab.bounds import Count, NonNegative, Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
 from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
     balance,
     check_experts,
-    check_weights,
     chosen,
     expert_tensors,
     mix,
@@ -44,7 +44,7 @@ from loralab.recipe import Evidence, Form, Site, Tensors
 
 @dataclass(frozen=True)
 class MixLoRA(Form):
-    """Experts, except in attention, where there is one pair.
+    """N pairs and a router per feed-forward block; one pair in attention.
 
     Args:
         n_experts: N.
@@ -54,37 +54,50 @@ class MixLoRA(Form):
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
+    reads: ClassVar[frozenset[str]] = frozenset({"valid", "expert"})
+    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D"})
 
-    n_experts: int = 8
-    top_k: int = 2
-    balance: float = 0.01
-    router_std: float = 0.02
+    n_experts: Count = 8
+    top_k: Count = 2
+    balance: NonNegative = 0.01
+    router_std: Positive = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_experts("MixLoRA", self.n_experts, self.top_k)
-        check_weights("MixLoRA", balance=self.balance)
+
+    def routes(self, site: Site) -> bool:
+        name = site.name.lower()
+        return "attn" not in name and "attention" not in name
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in], or A and B alone in attention."""
-        if "attn" in site.name.lower() or "attention" in site.name.lower():
+        """Return A [N r, in], B [out, N r] = 0, and W_g [N, in] where a block is led; or a pair."""
+        if not self.routes(site):
             return plain_pair(site, evidence)
-        shape = (self.n_experts, site.d_in)
-        draw = torch.randn(shape, generator=evidence.generator("W_g"), dtype=torch.float64)
-        W_g = (draw * self.router_std).to(evidence.weight)
-        return expert_tensors(site, evidence, self.n_experts) | {"W_g": W_g}
+        t = expert_tensors(site, evidence, self.n_experts)
+        draw = torch.randn(t["W_g"].shape, generator=evidence.generator("W_g"), dtype=torch.float64)
+        W_g = {"W_g": (draw * self.router_std).to(evidence.weight)} if site.leads else {}
+        return {"A": t["A"], "B": t["B"]} | W_g
+
+    def route(self, t: Tensors, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        w = top_k(router(t, x), self.top_k)
+        expert = w.detach().argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]
+        return expert, w.gather(-1, expert)
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        if "W_g" not in t:
+        if "expert" in t:
+            w = one_hot(t["expert"], self.n_experts).to(x.dtype)
+        elif "W_g" in t:  # a block of one layer
+            w = top_k(router(t, x), self.top_k)
+        else:
             return (x @ t["A"].mT) @ t["B"].mT
-        return mix(top_k(router(t, x), self.top_k), x, t["A"], t["B"])
+        return mix(w, x, t["A"], t["B"])
 
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         if "W_g" not in t:
             return t["A"].new_zeros(t["A"].shape[:-2])
         p = router(t, x)
-        return self.balance * balance(p, chosen(p, self.top_k), t)
+        return self.balance / site.n_layers * balance(p, chosen(p, self.top_k), t)
 
 
 register("mixlora", "experts", __doc__, MixLoRA())
