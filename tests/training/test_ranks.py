@@ -65,6 +65,15 @@ def test_layers_that_no_booster_chose_have_rank_0_in_every_slot_of_a_pack():
         assert packed.outcomes[i].ranks[-1][1] == Adapter(alone.pack, "xgblora").ranks()
 
 
+@pytest.mark.parametrize("method", ["eva", "gora"])
+def test_ranks_that_the_start_chose_are_noted_from_the_first_step(method):
+    trained = train([toy_trial(method, 2, settings={"rho": 2.0} if method == "eva" else {})])
+    found = [ranks for _, ranks in trained.outcomes[0].ranks]
+    own = {n: s.banks[0].site.rank for n, s in zip(trained.pack.names, trained.pack.sites)}  # noqa: B905
+    assert found == [found[0]] * 2 and own == {n: r for n, r in found[0].items() if r}
+    assert len(set(found[0].values())) > 1, "all ranks are alike: the test shows nothing"
+
+
 def test_repeated_directions_count_once():
     """PeriodicLoRA's share unloaded keeps its direction: the bound is 8, the rank is less."""
     trials = [

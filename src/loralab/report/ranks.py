@@ -1,4 +1,4 @@
-"""The ranks of an arm while it trained, as tables; only of methods that changed them."""
+"""The ranks of an arm while it trained, as tables; only of methods that chose or changed them."""
 
 from dataclasses import dataclass
 

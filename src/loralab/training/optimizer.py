@@ -143,8 +143,9 @@ class PackOptimizer:
         return any(g.rule.held_out or g.schedule.held_out for g in self.groups)
 
     def ranks(self) -> dict[int, dict[str, int]]:
-        """Return the ranks in use by slot and site, of the slots whose ranks change."""
-        found: dict[int, dict[str, int]] = {}
+        """Return the ranks in use by slot and site, of slots whose Schedule or Start has a say."""
+        chosen = {k: dict(spec.site_ranks) for k, spec in enumerate(self.pack.slots)}
+        found = {k: ranks for k, ranks in chosen.items() if ranks}
         for group in self.groups:
             for state, ranks in zip(
                 group.states, group.schedule.ranks(group.states) or (), strict=False
