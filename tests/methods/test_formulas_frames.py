@@ -196,7 +196,7 @@ def test_glora_shifts_the_bias_by_W_C_and_scales_it(kind):
     for i in range(M):
         if kind == "none":
             continue
-        at = i if kind == "vector" or kind == "constant" and len(t["D"]) > 1 else 0
+        at = i if kind == "vector" else 0
         wanted[i] += t["D"][at] * b[i] + t["E"][at]
         for j in range(N):
             C = sum(t["C_d"][j, k] * t["C_u"][k, 0] for k in range(R)) if kind == "lora" else 0
@@ -440,17 +440,17 @@ def test_more_rounds_come_nearer():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: build("loftq", bits=3), "bits of LoftQ are 4"),
+        (lambda: build("loftq", bits=3), "bits of LoftQ cannot be 3; it is 4 or 8"),
         (lambda: build("lora", init="loftq"), "start LoftQ treats tensor absmax, codes apart"),
-        (lambda: build("qpissa", n_iter=0), "at least one round"),
+        (lambda: build("qpissa", n_iter=0), "n_iter of QPiSSA must be a whole number from 1"),
         (lambda: build("oft", neumann=-1), "neumann of OFT must be a whole number from 0 on"),
         (lambda: build("oft", coft=0.0), "coft of BallAdamW must be positive"),
-        (lambda: build("boft", n_factors=0), "at least 1"),
-        (lambda: build("hra", lam=-1.0), "must not be negative"),
+        (lambda: build("boft", n_factors=0), "n_factors of BOFT must be a whole number from 1"),
+        (lambda: build("hra", lam=-1.0), "lam of HRA must be at least 0, not -1.0"),
         (lambda: build("road", variant=3), "variant of RoAd cannot be 3; it is 1, 2 or 4"),
         (lambda: build("road", group=3), "group of RoAd must be an even number, not 3"),
-        (lambda: build("miss", shards="rows"), "'inputs' or 'outputs'"),
-        (lambda: build("shira", mask="rnd"), "did you mean rand"),
+        (lambda: build("miss", shards="rows"), "shards of MiSS .* 'inputs' or 'outputs'"),
+        (lambda: build("shira", mask="rnd"), "mask of SHiRA cannot be 'rnd'; did you mean rand"),
         (lambda: build("glora", path_A="vectr"), "did you mean vector"),
         (lambda: RoAd(group=8).init(site(), evidence()), "does not divide the 12 outputs"),
     ],

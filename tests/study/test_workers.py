@@ -16,10 +16,10 @@ from loralab.models.symbols import SymbolTokenizer
 from loralab.models.tiny import TinyRecipe, untrained
 from loralab.study import Study
 from loralab.study.backend import Backend
+from loralab.study.crew import Alone
 from loralab.study.jobs import PackJob, Reply
 from loralab.study.parse import parse
 from loralab.study.results import load_results
-from loralab.study.workers import Alone
 from tests.study import fake
 from tests.study.test_engine import SPEC
 

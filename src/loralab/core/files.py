@@ -59,7 +59,7 @@ def load_adapter(model: nn.Module, path: Path) -> "Adapter":
             that do not fit the model.
     """
     from loralab.interop.peft import decode
-    from loralab.interop.portable import onto
+    from loralab.interop.placing import onto
 
     return onto(model, decode(read_folder(path)))
 

@@ -17,9 +17,9 @@ from loralab import __version__
 from loralab.core.files import Folder
 from loralab.core.record import spec_from_json, spec_to_json
 from loralab.errors import UserError, near_misses
+from loralab.interop import peft_frames, peft_tables
 from loralab.interop.peft_lora import Lora
 from loralab.interop.peft_shared import RandLora, TinyLora
-from loralab.interop.peft_tables import tables
 from loralab.interop.peft_type import PeftType, View
 from loralab.interop.peft_types import AdaLora, GraLora
 from loralab.interop.portable import BASE_NEEDED, Layer, Portable
@@ -29,7 +29,16 @@ ROOT, PREFIX, OURS = "base_model.", "base_model.model.", "loralab_"
 OWN_TYPE = "LORALAB"
 # In the order in which they are tried: the type made for a Form before the general one.
 TYPES: dict[str, PeftType] = {
-    t.name: t for t in (*tables(), RandLora(), TinyLora(), GraLora(), AdaLora(), Lora())
+    t.name: t
+    for t in (
+        *peft_tables.TABLES,
+        *peft_frames.TABLES,
+        RandLora(),
+        TinyLora(),
+        GraLora(),
+        AdaLora(),
+        Lora(),
+    )
 }
 REFUSED = {
     "layer_replication": "repeats layers of the base",

@@ -10,6 +10,7 @@ from pathlib import Path
 from loralab.errors import UserError
 from loralab.study import search
 from loralab.study.backend import Bench
+from loralab.study.crew import Crew
 from loralab.study.jobs import CurvatureJob, Job, PackJob, Reply
 from loralab.study.packing import halves, pack_trials
 from loralab.study.probe import Probe, measure
@@ -18,7 +19,6 @@ from loralab.study.results import MethodChoice
 from loralab.study.search import Planned
 from loralab.study.spec import StudySpec
 from loralab.study.store import Store
-from loralab.study.workers import Crew
 from loralab.training.progress import Progress
 
 FAILED, DIED = "curvature failed", "worker died"

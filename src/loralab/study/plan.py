@@ -130,7 +130,7 @@ def plan_study(
     Raises:
         UserError: a wrong spec, or a model or task that cannot be loaded.
     """
-    from loralab.study.workers import default_size, devices_of
+    from loralab.study.crew import default_size, devices_of
     from loralab.training.memory import available_bytes
 
     source = Path.cwd() if isinstance(spec, StudySpec) else Path(spec).absolute().parent

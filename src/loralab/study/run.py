@@ -50,8 +50,9 @@ def run_study(
             too small, a worker that cannot start, no memory for one trial, no room or permission
             to write.
     """
+    from loralab.study.crew import crew_for
     from loralab.study.engine import Engine
-    from loralab.study.workers import Order, crew_for
+    from loralab.study.workers import Order
 
     source = Path.cwd() if isinstance(spec, StudySpec) else Path(spec).absolute().parent
     name = spec.name if isinstance(spec, StudySpec) else spec
