@@ -27,6 +27,21 @@ def llama(kv_heads=2):
     return LlamaForCausalLM(config).eval()
 
 
+def biased():
+    """Return a Llama whose adapted layers all have a bias, as Qwen2's attention has."""
+    from transformers import LlamaForCausalLM
+
+    config = llama().config
+    config.attention_bias = config.mlp_bias = True
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(std=0.3)
+    return model
+
+
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 

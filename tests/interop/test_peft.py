@@ -15,7 +15,7 @@ from loralab.interop.export import import_peft
 from loralab.interop.peft import TYPES
 from loralab.interop.peft_lora import low_rank
 from loralab.methods import all_methods
-from tests.interop.models import IDS, gpt2, llama, logits, one_per_form, train, trained
+from tests.interop.models import IDS, biased, gpt2, llama, logits, one_per_form, train, trained
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own
@@ -144,6 +144,34 @@ def test_the_configuration_is_peft_s(method, options, expected, tmp_path):
     assert (wanted - logits(llama())).abs().max() > 1e-4, "nothing was learned, nothing compared"
     again = load(model, folder)
     assert torch.equal(logits(model), wanted) and again.pack.slots == adapter.pack.slots
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ia3", {}),
+        ("road", {"variant": 2}),
+        ("glora", {}),
+        ("glora", {f"path_{name}": "vector" for name in "ABCDE"}),
+        ("glora", {f"path_{name}": "none" for name in "CDE"}),
+    ],
+)
+def test_the_bias_is_peft_s_too(method, options, tmp_path):
+    adapter = trained(method, biased, **options)
+    wanted = logits(adapter.model)
+    folder = adapter.export(tmp_path / "peft", "peft")
+    torch.testing.assert_close(logits(by_peft(folder, biased)), wanted, rtol=0, atol=1e-5)
+    model = biased()
+    load(model, folder)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
+    base = [m.bias.clone() for m in model.modules() if getattr(m, "bias", None) is not None]
+    torch.testing.assert_close(logits(adapter.merge()), wanted, rtol=0, atol=1e-5)
+    adapter.unmerge()
+    model = adapter.remove()
+    back = [m.bias for m in model.modules() if getattr(m, "bias", None) is not None]
+    assert all(torch.equal(a, b) for a, b in zip(back, base, strict=True))
+    with pytest.raises(UserError, match="no LoRA form on layers with a bias"):
+        trained(method, biased, **options).export(tmp_path / "lora", "lora")
 
 
 CONFIGS = {
