@@ -62,7 +62,7 @@ def test_what_they_do_not_allow_gets_one_sentence(settings, sentence):
 def test_the_words_of_a_bound():
     words = [bound_words(Piece(), name) for name in ("lr", "n", "how", "side", "free")]
     assert words == [
-        "positive", "a whole number from 1 on", "'sum' or 'max'", "'left' or 'right'", ""
+        "positive", "a whole number from 1 on; None", "'sum' or 'max'", "'left' or 'right'", ""
     ]  # fmt: skip
 
 

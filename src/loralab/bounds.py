@@ -4,6 +4,7 @@ Every piece checks its fields against their types when it is made; a piece adds 
 only for what concerns several fields together.
 """
 
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -28,12 +29,15 @@ class OneOf:
     known: Iterable[str]
 
 
+Finite = Annotated[float, Bound("a finite number", math.isfinite)]
 Positive = Annotated[float, Bound("positive", lambda v: v > 0)]
 NonNegative = Annotated[float, Bound("at least 0", lambda v: v >= 0)]
 AtLeastOne = Annotated[float, Bound("at least 1", lambda v: v >= 1)]
 Decay = Annotated[float, Bound("in [0, 1)", lambda v: 0 <= v < 1)]
 Share = Annotated[float, Bound("a share, in [0, 1]", lambda v: 0 <= v <= 1)]
 SomeShare = Annotated[float, Bound("a share, above 0 and at most 1", lambda v: 0 < v <= 1)]
+PartShare = Annotated[float, Bound("a share, at least 0 and below 1", lambda v: 0 <= v < 1)]
+InnerShare = Annotated[float, Bound("a share, above 0 and below 1", lambda v: 0 < v < 1)]
 Probability = Annotated[float, Bound("a probability, above 0 and below 1", lambda v: 0 < v < 1)]
 Count = Annotated[int, Bound("a whole number from 1 on", lambda v: v >= 1)]
 CountOrZero = Annotated[int, Bound("a whole number from 0 on", lambda v: v >= 0)]
@@ -55,13 +59,9 @@ def check_fields(piece: Any) -> None:
 
 def bound_words(piece: Any, name: str) -> str:
     """Return what the type says of a field beyond its kind, or an empty string."""
-    for choice in _choices(_hints(type(piece))[name]):
-        if get_origin(choice) is Literal:
-            return _listed(get_args(choice))
-        if get_origin(choice) is Annotated:
-            bound = get_args(choice)[1]
-            return bound.words if isinstance(bound, Bound) else _listed(bound.known)
-    return ""
+    choices = _choices(_hints(type(piece))[name])
+    found = [words for choice in choices if (words := _words(choice))]
+    return "; ".join([*found, *(["None"] if found and type(None) in choices else [])])
 
 
 def is_optional(piece: Any, name: str) -> bool:
@@ -82,6 +82,15 @@ _SEEN: dict[type, dict[str, Any]] = {}
 def _choices(hint: Any) -> tuple[Any, ...]:
     is_union = get_origin(hint) in (types.UnionType, typing.Union)
     return get_args(hint) if is_union else (hint,)
+
+
+def _words(choice: Any) -> str:
+    if get_origin(choice) is Literal:
+        return _listed(get_args(choice))
+    if get_origin(choice) is Annotated:
+        bound = get_args(choice)[1]
+        return bound.words if isinstance(bound, Bound) else _listed(bound.known)
+    return ""
 
 
 def _check_bound(what: str, value: Any, kind: type, bound: Bound | OneOf) -> None:

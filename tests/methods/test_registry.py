@@ -25,6 +25,12 @@ def test_catalogue_is_plain_data_with_the_contract_keys():
     }
 
 
+def test_the_catalogue_says_what_a_setting_may_be():
+    (row,) = [r for r in loralab.methods() if r["name"] == "lora_plus"]
+    assert row["settings"]["rule.beta1"] == 0.9 and row["bounds"]["rule.beta1"] == "in [0, 1)"
+    assert row["bounds"].keys() <= row["settings"].keys()
+
+
 @pytest.mark.parametrize(
     ("question", "inside", "outside"),
     [
@@ -109,15 +115,21 @@ def test_aliases():
         (lambda: build("lora", rule=3), "rule must be a Rule or a method's name, not 3"),
         (lambda: build("lora_plus", ratio="big"), "'ratio' .* is a float .*not 'big'"),
         (lambda: build("dora", detach_norm=1), "'detach_norm' .* is a bool"),
-        (lambda: build("rslora", scaling="alpha/sqr"), "unknown scaling"),
+        (
+            lambda: build("rslora", scaling="alpha/sqr"),
+            "scaling of LoRA cannot be 'alpha/sqr'; did",
+        ),
         (lambda: build("full", init="pissa"), "start PiSSA needs a form made of one pair A, B"),
         (lambda: build("full", schedule="relora"), "schedule ReLoRA needs a form made of one pair"),
         (lambda: build("full", rule="loft"), "rule LoFT needs a form made of one pair"),
         (lambda: build("full", rule="lora+"), "LoRAPlus treats tensor B apart, and form Dense has"),
-        (lambda: build("init_ab", gamma=0), "must be positive"),
-        (lambda: build("relora", memory="half"), "'prune' or 'zero'"),
-        (lambda: build("pissa", niter=-1), "power iterations"),
-        (lambda: build("lora_ga", split="ArB"), "unknown split 'ArB' of LoRA-GA; did you mean"),
+        (lambda: build("init_ab", gamma=0), "gamma of InitAB must be positive, not 0.0"),
+        (lambda: build("relora", memory="half"), "memory of ReLoRA .* 'prune' or 'zero'"),
+        (
+            lambda: build("pissa", niter=-1),
+            "niter of PiSSA must be a whole number from 0 on, not -1",
+        ),
+        (lambda: build("lora_ga", split="ArB"), "split of LoRAGA cannot be 'ArB'; did you mean"),
     ],
 )
 def test_mistakes_get_one_sentence(call, words):

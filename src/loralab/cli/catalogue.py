@@ -154,7 +154,7 @@ def page(row: dict[str, Any]) -> str:
         *[f"  {line}" for line in found_lines(row["findings"])],
         "",
         "Hyper-parameters (set them with --set NAME=VALUE, or in a study with [methods.settings])",
-        *[f"  {name} = {value!r}" for name, value in row["settings"].items()],
+        *_setting_lines(row),
         *(["  none"] if not row["settings"] else []),
         "",
         *(["Traps", *[f"  - {trap}" for trap in row["traps"]], ""] if row["traps"] else []),
@@ -166,6 +166,15 @@ def page(row: dict[str, Any]) -> str:
         bibtex(row["name"]),
     ]
     return "\n".join(lines)
+
+
+def _setting_lines(row: dict[str, Any]) -> list[str]:
+    lines = {name: f"  {name} = {value!r}" for name, value in row["settings"].items()}
+    width = max(map(len, lines.values()), default=0)
+    return [
+        f"{line:{width}}  {row['bounds'][name]}" if name in row["bounds"] else line
+        for name, line in lines.items()
+    ]
 
 
 def _cost_lines(row: dict[str, Any]) -> list[str]:

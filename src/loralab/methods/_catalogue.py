@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from loralab.bounds import bound_words
 from loralab.errors import UserError, near_misses
 from loralab.methods._build import KINDS
 from loralab.methods._registry import all_methods
@@ -39,7 +40,8 @@ def methods(
 
     Returns:
         One dictionary per method: name, aliases, axes, pieces (class names), settings
-        ("piece.field" to default), layers, mergeable, needs, paper, summary, equation, traps.
+        ("piece.field" to default), bounds ("piece.field" to what it may be, in words), layers,
+        mergeable, needs, paper, summary, equation, traps.
 
     Raises:
         UserError: no method has this axis or piece, there is no such kind of layer, or a limit
@@ -73,15 +75,19 @@ def methods(
 
 def _row(method: Method) -> dict[str, Any]:
     pieces = method.recipe.pieces
+    settings = [
+        (f"{kind}.{field.name}", piece, field.name)
+        for kind, piece in pieces.items()
+        for field in dataclasses.fields(piece)
+    ]
     return {
         "name": method.name,
         "aliases": list(method.aliases),
         "axes": [method.axis],
         "pieces": {kind: type(piece).__name__ for kind, piece in pieces.items()},
-        "settings": {
-            f"{kind}.{field.name}": getattr(piece, field.name)
-            for kind, piece in pieces.items()
-            for field in dataclasses.fields(piece)
+        "settings": {name: getattr(piece, field) for name, piece, field in settings},
+        "bounds": {
+            n: words for n, piece, field in settings if (words := bound_words(piece, field))
         },
         "layers": sorted(method.recipe.form.layers),
         "mergeable": _mergeable(method),
