@@ -38,7 +38,6 @@ Share = Annotated[float, Bound("a share, in [0, 1]", lambda v: 0 <= v <= 1)]
 SomeShare = Annotated[float, Bound("a share, above 0 and at most 1", lambda v: 0 < v <= 1)]
 PartShare = Annotated[float, Bound("a share, at least 0 and below 1", lambda v: 0 <= v < 1)]
 InnerShare = Annotated[float, Bound("a share, above 0 and below 1", lambda v: 0 < v < 1)]
-Probability = Annotated[float, Bound("a probability, above 0 and below 1", lambda v: 0 < v < 1)]
 Count = Annotated[int, Bound("a whole number from 1 on", lambda v: v >= 1)]
 CountOrZero = Annotated[int, Bound("a whole number from 0 on", lambda v: v >= 0)]
 

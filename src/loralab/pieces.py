@@ -1,6 +1,6 @@
 """What the pieces of a recipe are handed: sites, evidence, numbers of a step, a running site."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +71,9 @@ class Evidence:
     def generator(self, purpose: str) -> torch.Generator:
         """Return a CPU generator fixed by (seed, site name, purpose)."""
         return generator(self.seed, self.name, purpose)
+
+
+Look = Callable[[Site], Evidence]  # what a Start sees of any site before it chooses
 
 
 class Hyper(NamedTuple):

@@ -9,7 +9,7 @@ indexes from the back (`.mT`, `dim=-1`); one trial is a pack of one.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from loralab.catalogue import Method as Method
 from loralab.catalogue import Paper as Paper
 from loralab.pieces import Evidence as Evidence
 from loralab.pieces import Hyper as Hyper
+from loralab.pieces import Look as Look
 from loralab.pieces import Site as Site
 from loralab.pieces import SiteState as SiteState
 from loralab.pieces import Tensors as Tensors
@@ -206,18 +207,14 @@ class Start(Piece):
         """Return the tensors to replace, without pack axes."""
         raise NotImplementedError
 
-    def ranks(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, int] | None:
+    def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         """Return every site's rank by name from a look at all of them; None keeps those asked for.
 
         A rank of 0 leaves the site out.
         """
         return None
 
-    def groups(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, str] | None:
+    def groups(self, sites: Sequence[Site], evidence: Look) -> dict[str, str] | None:
         """Return the name of every site's group, by site, for tensors shared within "start"."""
         return None
 

@@ -263,11 +263,11 @@ def test_hugging_face_trainer_trains_it(tmp_path):
 @pytest.mark.parametrize(
     ("method", "setting", "words"),
     [
-        ("lora", {"beta1": 2.0}, r"beta1 of AdamW must lie in \[0, 1\), not 2.0"),
+        ("lora", {"beta1": 2.0}, r"beta1 of AdamW must be in \[0, 1\), not 2.0"),
         ("lora_plus", {"beta2": -0.1}, "beta2 of LoRAPlus"),
         ("lora_fa", {"eps": 0.0}, "eps of FrozenA must be positive"),
         ("loft", {"beta1": 1.0}, "beta1 of LoFT"),
-        ("adalora", {"growth": 0.5}, "growth of AdaLoRA must be at least 1"),
+        ("adalora", {"growth": 0.5}, "growth of AdaSVD must be at least 1, not 0.5"),
         ("adalora", {"t_final": 0.9}, "leave room between them"),
     ],
 )

@@ -139,7 +139,11 @@ def test_losses_do_not_see_padding(name):
 
 @pytest.mark.parametrize(("name", "k"), [("moelora", 2), ("mola", 2), ("goat", 2), ("mixlora", 2)])
 def test_balance_is_the_switch_transformers(name, k):
-    """N Σ f_i P_i by counting; even routing gives k, and routing all to one pair more."""
+    """N Σ f_i P_i by counting; even routing gives k, and routing all to one pair more.
+
+    MoLA's f_i is the share of all picks: the sum of the f_i is 1 there, and k for the others.
+    MixLoRA's loss is the mean over blocks.
+    """
     more = {"contrast": 0.0} if name == "moelora" else {}
     form = build(name, balance=0.5, **more).form
     t, x = at_random(form), draw(4, 20, SITE.d_in)
@@ -149,11 +153,41 @@ def test_balance_is_the_switch_transformers(name, k):
         p = probabilities(t, row)
         P += p / len(x)
         for i in best(p, k):
-            counts[i] += 1 / len(x)
-    wanted = 0.5 * n * sum(counts * P)
+            counts[i] += 1 / len(x) / (k if name == "mola" else 1)
+    wanted = 0.5 * n * sum(counts * P) / (SITE.n_layers if name == "mixlora" else 1)
     assert form.aux_loss(t, x, SITE).item() == pytest.approx(wanted, rel=1e-9)
     even = torch.full((4, 4), 0.25, dtype=torch.float64)
     assert routing.balance(even, routing.chosen(even, 2), {}).item() == pytest.approx(2.0)
+
+
+def test_a_base_in_bf16_routes_as_in_fp32():
+    """The same experts for every token with weights that agree far below bf16's own rounding."""
+    x, t = draw(1, 2, 2000, SITE.d_in).bfloat16(), {"W_g": draw(2, 2, 8, SITE.d_in).bfloat16()}
+    exact = routing.router({"W_g": t["W_g"].float()}, x.float())
+    p = routing.router(t, x)
+    assert torch.equal(routing.chosen(p, 2).float(), routing.chosen(exact, 2))
+    torch.testing.assert_close(p.float(), exact, rtol=1e-6, atol=1e-7)
+    rounded = routing.chosen((x @ t["W_g"].mT).softmax(-1), 2).float()
+    assert not torch.equal(rounded, routing.chosen(exact, 2)), "these tokens show nothing"
+
+
+@pytest.mark.parametrize("name", [*ROUTED, "hydralora"])
+def test_outputs_and_gradients_keep_the_dtype_of_the_base(name):
+    form = build(name).form
+    t = {n: v.bfloat16() for n, v in at_random(form, lead=(2,)).items()}
+    x = draw(9, 2, 3, 5, SITE.d_in).bfloat16()
+    x = (x if name in BY_SEQUENCE else x.flatten(1, 2)).requires_grad_()
+    trained = [v.requires_grad_() for v in t.values()]
+    y = form.branch(t, x, SITE)
+    assert y.dtype == torch.bfloat16
+    exact = form.branch({n: v.float() for n, v in t.items()}, x.float(), SITE)
+    assert (y - exact).norm() < 0.02 * exact.norm()
+    loss = y.float().square().sum()
+    if name != "hydralora":
+        loss = loss + form.aux_loss(t, x, SITE).float().sum()
+    grads = torch.autograd.grad(loss, [x, *trained], allow_unused=True)
+    assert all(g is None or (g.dtype == torch.bfloat16 and g.isfinite().all()) for g in grads)
+    assert grads[0].any()
 
 
 def test_equal_probabilities_choose_the_first_experts_alone_and_in_a_pack():
@@ -421,21 +455,25 @@ def test_domains_are_given_through_the_adapter():
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("moelora", {"n_experts": 0}, "n_experts of MoELoRA counts experts"),
+        ("moelora", {"n_experts": 0}, "n_experts of MoELoRA must be a whole number from 1 on"),
         ("moelora", {"top_k": 9}, "top_k of MoELoRA is from 1 to its 8 experts, not 9"),
         ("moelora", {"temperature": 0.0}, "temperature of MoELoRA must be positive"),
-        ("mixlora", {"balance": -1.0}, "balance of MixLoRA weighs a loss"),
-        ("mola", {"experts": "2;4"}, "experts of MoLA are numbers with commas"),
-        ("mola", {"experts": "0,4"}, "n_experts of MoLA counts"),
+        ("mixlora", {"balance": -1.0}, "balance of MixLoRA must be at least 0"),
+        ("mola", {"experts": "2;4"}, "experts of MoLA are numbers from 1 on with commas"),
+        ("mola", {"experts": "0,4"}, "experts of MoLA are numbers from 1 on.* not '0,4'"),
         ("lora_moe", {"n_types": 7}, "n_types of LoRAMoE is from 1"),
-        ("lora_moe", {"imbalance": 2.0}, "imbalance of LoRAMoE is in"),
-        ("adamole", {"max_threshold": 2.0}, "max_threshold of AdaMoLE is in"),
+        (
+            "lora_moe",
+            {"imbalance": 2.0},
+            "imbalance of LoRAMoE must be a share, in .0, 1., not 2.0",
+        ),
+        ("adamole", {"max_threshold": 2.0}, "max_threshold of AdaMoLE must be a share, .* not 2.0"),
         ("goat", {"rho": 0.0}, "rho of GOAT must be positive"),
-        ("goat", {"residual": "none"}, "residual of GOAT is 'exact' or 'mean'"),
+        ("goat", {"residual": "none"}, "residual of GOAT cannot be 'none'; it is 'exact' or"),
         ("sira", {"capacity": 0.0}, "capacity of SiRA must be positive"),
-        ("sira", {"expert_dropout": 1.0}, "expert_dropout of SiRA is in"),
-        ("multilora", {"n_modules": 0}, "n_modules of MultiLoRA counts"),
-        ("multilora", {"scaling": "none"}, "scaling of MultiLoRA is"),
+        ("sira", {"expert_dropout": 1.0}, "expert_dropout of SiRA must be in .0, 1., not 1.0"),
+        ("multilora", {"n_modules": 0}, "n_modules of MultiLoRA must be a whole number"),
+        ("multilora", {"scaling": "none"}, "scaling of MultiLoRA cannot be 'none'; it is"),
     ],
 )
 def test_mistakes_get_one_sentence(name, settings, words):

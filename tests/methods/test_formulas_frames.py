@@ -20,12 +20,13 @@ from loralab.errors import UserError
 from loralab.methods import build
 from loralab.methods.initialization.loftq import LoftQ, QuantizedLoRA
 from loralab.methods.initialization.qpissa import QPiSSA
+from loralab.methods.optimization._rotations import cayley, skew
 from loralab.methods.optimization.boft import BOFT
 from loralab.methods.optimization.glora import GLoRA
 from loralab.methods.optimization.hra import HRA
 from loralab.methods.optimization.ia3 import IA3
 from loralab.methods.optimization.miss import MiSS
-from loralab.methods.optimization.oft import OFT, cayley, skew
+from loralab.methods.optimization.oft import OFT
 from loralab.methods.optimization.road import RoAd
 from loralab.methods.optimization.shira import MASKS, SHiRA
 from loralab.recipe import Evidence, Site

@@ -215,6 +215,12 @@ def test_splines_are_a_partition_of_unity_on_the_grid_and_vanish_far_off():
     assert not b_splines(torch.tensor([-2.3, 2.3]), 5, 3).any()
 
 
+def test_cera_starts_from_kaiming_normal():
+    W = torch.zeros(6, 500, dtype=torch.float64)
+    t = build("cera").form.init(Site("s", 500, 6, 40), Evidence(W, 1.0, 0, "s"))
+    assert t["A"].std().item() == pytest.approx((2 / 500) ** 0.5, rel=0.02) and not t["B"].any()
+
+
 def test_cera_drops_features_in_training_only():
     form, n = build("cera", p=0.25).form, 4000
     site, _, t, x = setting(form, (12, 10, 4))
@@ -316,21 +322,26 @@ def test_linear_forms_start_anywhere_on_request(method, own):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: build("lokr", factor=0), "factor of LoKr must be at least 1"),
-        (lambda: build("lokr", low_rank="big"), "'large' or 'small', not 'big'"),
-        (lambda: build("c3a", init_w="one"), "'zero' or 'xavier'"),
+        (lambda: build("lokr", factor=0), "factor of LoKr must be a whole number from 1 on"),
+        (
+            lambda: build("lokr", low_rank="big"),
+            "low_rank of LoKr cannot be 'big'; .* 'large' or 'small'",
+        ),
+        (lambda: build("c3a", init_w="one"), "init_w of C3A cannot .* 'zero' or 'xavier'"),
         (lambda: build("c3a", block=0), "block of C3A"),
         (lambda: adapt(nn.Sequential(nn.Linear(8, 12)), "c3a", block=5), "8 inputs and 12 outputs"),
         (lambda: build("fourierft", n=0), "n of FourierFT"),
-        (lambda: build("fourierft", init_c="x"), "'zero' or 'normal'"),
+        (lambda: build("fourierft", init_c="x"), "init_c of FourierFT .* 'zero' or 'normal'"),
         (lambda: build("waveft", n=0), "n of WaveFT"),
         (lambda: build("delora", bound=0.0), "bound of DeLoRA must be positive"),
-        (lambda: build("delora", norm="row"), "'column' or 'frobenius'"),
-        (lambda: build("moslora", mixer="eye"), "'kaiming' or 'orthogonal'"),
+        (lambda: build("delora", norm="row"), "norm of DeLoRA .* 'column' or 'frobenius'"),
+        (lambda: build("moslora", mixer="eye"), "mixer of MoSLoRA .*'kaiming' or 'orthogonal'"),
         (lambda: build("sinelora", omega=0.0), "omega of SineLoRA"),
         (lambda: build("sinelora", g=-1.0), "g of SineLoRA"),
         (lambda: build("loda", slope=2.0), "slope of LoDA"),
-        (lambda: build("aurora", grid=0), "AuroRA needs grid >= 1"),
+        (lambda: build("aurora", grid=0), "grid of AuroRA must be a whole number from 1 on"),
+        (lambda: build("aurora", order=-1), "order of AuroRA must be a whole number from 0 on"),
+        (lambda: build("aurora", noise=-0.1), "noise of AuroRA must be at least 0"),
         (lambda: build("cera", p=1.0), "p of CeRA"),
     ],
 )

@@ -129,6 +129,18 @@ def test_rac_lora_takes_a_projected_gradient_step():
     torch.testing.assert_close(-0.1 * B.grad @ t["A"], -0.1 * gradient(W) @ H)
 
 
+@pytest.mark.parametrize("train", ["A", "B"])
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_rac_loras_normal_draw_has_unit_variance_whatever_the_rank(rank, train):
+    form = build("rac_lora", train=train, distribution="normal").form
+    t = form.init(Site("s", 4000, 4000, rank), Evidence(torch.zeros(1).double(), 1.0, 0, "s"))
+    random = t["B" if train == "A" else "A"]
+    assert not t[train].any()
+    assert random.std().item() == pytest.approx(1.0, abs=0.05)
+    assert random.mean().item() == pytest.approx(0.0, abs=0.05)
+    assert random.pow(4).mean().item() == pytest.approx(3.0, abs=0.5)  # uniform draws have 1.8
+
+
 def test_periodic_lora_unloads_a_share_and_keeps_the_function():
     run = Run("periodic_lora", 4, alpha=3.0, every=2, momentum=0.1)
     run.step()
@@ -296,7 +308,10 @@ def test_sd_lora_restarts_magnitudes_as_the_code_does():
     A, B = draw(1, R, N), draw(2, M, R)
     run.put(A=A, B=B)
     run.act("next_task", 1)
-    torch.testing.assert_close(run.delta(), B @ A / (B @ A).norm())
+    torch.testing.assert_close(run.delta(), 0.8 * B @ A / (B @ A).norm())
+    run.put(B=B)
+    new = 0.8 * B @ run.tensor("A")
+    torch.testing.assert_close(run.delta(), 0.8 * B @ A / (B @ A).norm() + new)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, N)], ids=str)
@@ -353,20 +368,25 @@ def test_flora_draws_projections_of_unit_mean():
 @pytest.mark.parametrize(
     ("method", "settings", "sentence"),
     [
-        ("cola", {"every": 0}, "every of Chain counts steps"),
-        ("cola", {"n_links": 0}, "n_links of Chain must be at least 1"),
-        ("periodic_lora", {"momentum": 0.0}, r"a share in \(0, 1\]"),
-        ("xgblora", {"n_layers": 0}, "n_layers of XGBLoRA must be positive"),
-        ("xgblora", {"booster_rank": 0}, "booster_rank of XGBLoRA must be positive"),
-        ("rac_lora", {"train": "C"}, "is 'A' or 'B', not 'C'"),
-        ("rac_lora", {"distribution": "flat"}, "is 'uniform' or 'normal', not 'flat'"),
-        ("delta_lora", {"start_steps": -1}, "start_steps of Delta-LoRA counts steps"),
-        ("delta_lora", {"ratio": -1.0}, "ratio of Delta-LoRA must not be negative"),
-        ("melora", {"n_mini": 0}, "at least one mini pair"),
-        ("mora", {"operator": "fold"}, "is 'rotate' or 'share', not 'fold'"),
-        ("sd_lora", {"n_tasks": 0}, "at least one task"),
-        ("flora_compress", {"every": 0}, "every of Flora counts steps"),
-        ("flora_compress", {"beta1": 1.0}, r"beta1 in \[0, 1\)"),
+        ("cola", {"every": 0}, "every of Chain must be a whole number from 1 on, not 0"),
+        ("cola", {"n_links": 0}, "n_links of Chain must be a whole number from 1 on, not 0"),
+        ("periodic_lora", {"momentum": 0.0}, "momentum of Unloading must be .*above 0 and at most"),
+        ("xgblora", {"n_layers": 0}, "n_layers of Boosting must be a whole number from 1 on"),
+        ("xgblora", {"booster_rank": 0}, "booster_rank of WeakBooster must be a whole number from"),
+        ("rac_lora", {"train": "C"}, "train of Asymmetric cannot be 'C'; it is 'A' or 'B'"),
+        (
+            "rac_lora",
+            {"distribution": "flat"},
+            "distribution of Asymmetric cannot be 'flat'; it is 'uniform', 'normal' or",
+        ),
+        ("delta_lora", {"start_steps": -1}, "start_steps of StartMoving must be .* from 0 on"),
+        ("delta_lora", {"ratio": -1.0}, "ratio of DeltaLoRA must be at least 0, not -1.0"),
+        ("melora", {"n_mini": 0}, "n_mini of MELoRA must be a whole number from 1 on, not 0"),
+        ("mora", {"operator": "fold"}, "operator of MoRA cannot be 'fold'; it is 'rotate' or 'sha"),
+        ("sd_lora", {"n_tasks": 0}, "n_tasks of Directions must be a whole number from 1 on"),
+        ("flora_compress", {"every": 0}, "every of Resampling must be a whole number from 1 on"),
+        ("flora_compress", {"beta1": 1.0}, r"beta1 of Compressed must be in \[0, 1\)"),
+        ("flora_compress", {"eps": 0.0}, "eps of Compressed must be positive"),
     ],
 )
 def test_settings_outside_their_range_are_refused(method, settings, sentence):

@@ -1,5 +1,6 @@
 """Optimizer rules and singular-vector starts against their papers, computed another way."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_lora_pro_stands_on_a_zero_B_and_knows_its_settings():
     before = t["A"].clone()
     run(build("lora_pro").rule, t, 1)
     assert torch.equal(t["A"], before) and t["B"].abs().max() > 0
-    with pytest.raises(UserError, match="unknown moments 'half' of LoRA-Pro"):
+    with pytest.raises(UserError, match="moments of LoRAPro cannot be 'half'"):
         build("lora_pro", moments="half")
 
 
@@ -446,6 +447,18 @@ def test_sorsa_regulariser_is_zero_at_the_start_and_only_there(squared):
     assert torch.equal(slope, torch.zeros_like(slope))
 
 
+def test_sorsa_weighs_the_mean_over_the_matrices_of_the_authors_run():
+    """Their 224 layers, each with its own norms here, add up to their one mean of 448 norms."""
+    form = build("sorsa", squared=False).form
+    total, norms = 0.0, []
+    for i in range(224):
+        U, Vh = rng(i).normal(size=(M, R)), rng(1000 + i).normal(size=(R, N))
+        norms += [np.linalg.norm(X - np.eye(R)) for X in (U.T @ U, Vh @ Vh.T)]
+        t = {"U": torch.tensor(U), "S": torch.ones(R).double(), "Vh": torch.tensor(Vh)}
+        total += float(form.penalty(t, SITE))
+    assert total == pytest.approx(4e-4 / 3e-5 * np.mean(norms), rel=1e-9)
+
+
 def test_nora_trains_a_pair_inside_frozen_singular_vectors():
     e = evidence()
     recipe, t = start("nora", e, inner_rank=2)
@@ -463,6 +476,28 @@ def test_nora_trains_a_pair_inside_frozen_singular_vectors():
     found, asked = (np.abs(U.T @ D @ Vh.T) for D in (delta.numpy(), wanted))
     np.testing.assert_allclose(found, asked, atol=1e-9)
     assert start("nora", e)[1]["A_inner"].shape == (1, R)
+
+
+def test_nora_of_the_published_version_weighs_inputs_by_their_size():
+    """With B' A' = I the chain is what of W is best kept at rank r for these inputs."""
+    x = rng(11).normal(size=(200, N)) * np.linspace(0.1, 3, N)
+    e = dataclasses.replace(evidence(), covariance=torch.tensor(x.T @ x / 200))
+    recipe, t = start("nora", e, inner_rank=R, activation=True)
+    assert recipe.form.needs == {"covariance"} and not build("nora").form.needs
+    S = np.diag([math.sqrt(np.mean(column**2)) for column in x.T])
+    U, Sigma, Vh = np.linalg.svd(e.weight.numpy() @ S)
+    best = sum(Sigma[i] * np.outer(U[:, i], Vh[i]) for i in range(R)) @ np.linalg.inv(S)
+    t |= {"B_inner": np.eye(R), "A_inner": np.eye(R)}
+    delta = recipe.form.delta({n: torch.tensor(v) for n, v in t.items()}, SITE)
+    np.testing.assert_allclose(delta, best, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(np.linalg.norm(t["B_outer"], axis=0), Sigma[:R], rtol=1e-9)
+    dead = torch.zeros(N, N, dtype=torch.float64)
+    for n_alive in (0, 3):
+        dead[:n_alive, :n_alive] = torch.eye(n_alive, dtype=torch.float64)
+        _, t = start("nora", dataclasses.replace(e, covariance=dead), activation=True)
+        assert all(np.isfinite(v).all() for v in t.values())
+    with pytest.raises(UserError, match="give `data`"):
+        start("nora", evidence(), activation=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

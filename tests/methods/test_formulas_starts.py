@@ -11,7 +11,7 @@ from loralab.core.pack import Pack, SlotSpec
 from loralab.core.stopgrad import stop_gradient, stops
 from loralab.errors import UserError
 from loralab.methods import all_methods, build, get
-from loralab.methods.initialization.pissa import fast_svd
+from loralab.methods.initialization._svd import fast_svd
 from loralab.recipe import Evidence, Hyper, Site, SiteState
 from loralab.training.adamw import AdamW
 from loralab.training.optimizer import PackOptimizer

@@ -9,7 +9,7 @@ from loralab.errors import UserError
 from loralab.interop.peft_table import Sites, Table
 from loralab.interop.peft_type import WITH_CONV1D, uniform
 from loralab.interop.portable import Portable, Size
-from loralab.methods.optimization.oft import skew
+from loralab.methods.optimization._rotations import skew
 from loralab.recipe import Site, Tensors
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from loralab.interop.peft_table import Sites, Table
 from loralab.interop.peft_type import WITH_CONV1D, common, flat, laid_out, uniform
 from loralab.interop.portable import Layer, Portable, Size
-from loralab.methods.expansion.fourierft import entries_seed, random_entries
+from loralab.methods.expansion._sparse import entries_seed, random_entries
 from loralab.recipe import Tensors
 
 

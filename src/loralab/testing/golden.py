@@ -75,7 +75,8 @@ def fingerprint(name: str) -> dict[str, list[float]]:
     enters with its sign.
     """
     recipe = get(name).recipe
-    site = Site("blocks.1.layer", D_IN, D_OUT, RANK, "layer", 1, 3, RANK)
+    shifts = gives(recipe.form, "bias")
+    site = Site("blocks.1.layer", D_IN, D_OUT, RANK, "layer", 1, 3, RANK, has_bias=shifts)
     form, scale = recipe.form, recipe.form.scale(6.0, RANK)
     W, G = _draw(1, D_OUT, D_IN), _draw(2, D_OUT, D_IN)
     evidence = Evidence(W, scale, 5, "layer", G, G.mT @ G, G @ G.mT)
@@ -104,6 +105,10 @@ def fingerprint(name: str) -> dict[str, list[float]]:
         record["outer"] = _digest(form.outer(at | extra, x @ W.mT, site))
     if gives(form, "inner", "outer", "base"):
         record["base"] = _digest(form.base(at | extra, W, site))
+    if shifts:
+        record["bias"] = _digest(form.bias(at | extra, _draw(5, D_OUT), site))
+    if gives(form, "route"):
+        record["route"] = _digest(torch.cat(form.route(at | extra, x, site), -1))
     if gives(form, "aux_loss"):
         record["aux_loss"] = _digest(form.aux_loss(at | extra, x, site))
     if gives(recipe.start, "ranks"):

@@ -2,29 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loralab.bounds import Decay, Positive
-from loralab.errors import UserError
 from loralab.recipe import Hyper, Rule, SiteState
 
 
 def per_slot(vector: Tensor, like: Tensor) -> Tensor:
     """Return [K] `vector` shaped [K, 1, ...] to broadcast over `like` [K, ...]."""
     return vector.view(-1, *(1,) * (like.dim() - 1))
-
-
-def check_moments(piece: Any) -> None:
-    """Raise UserError unless the piece's beta1 and beta2 lie in [0, 1) and its eps is positive."""
-    name = type(piece).__name__
-    for field in ("beta1", "beta2"):
-        if not 0 <= getattr(piece, field) < 1:
-            raise UserError(f"{field} of {name} must lie in [0, 1), not {getattr(piece, field)}")
-    if not getattr(piece, "eps", 1.0) > 0:
-        raise UserError(f"eps of {name} must be positive, not {piece.eps}")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,58 @@ no gradient moves: the gradient of a factor's vector is a multiple of the other'
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loralab.recipe import SiteState
+from loralab.bounds import Share
+from loralab.errors import UserError
+from loralab.recipe import Schedule, SiteState
+
+
+@dataclass(frozen=True)
+class Window(Schedule):
+    """Base of schedules that act between a first and a last part of the run.
+
+    Args:
+        t_initial: fraction of the run before the first change of ranks.
+        t_final: fraction of the run, at its end, with the final ranks.
+    """
+
+    t_initial: Share = 0.1
+    t_final: Share = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_initial + self.t_final >= 1:
+            raise UserError(
+                f"t_initial and t_final of {type(self).__name__} are fractions of the run that "
+                f"leave room between them, not {self.t_initial} and {self.t_final}"
+            )
+
+    def left(self, step: int, n_steps: int) -> float:
+        """Return which part of the time between the two is left after 0-based `step`."""
+        first, last = self.t_initial * n_steps, (1 - self.t_final) * n_steps
+        return min(1.0, max(0.0, 1 - (step + 1 - first) / max(last - first, 1)))
+
+
+def due(step: int, n_steps: int, interval: float) -> bool:
+    """Return whether a fraction `interval` of the run, at least one step, ends with this step."""
+    return (step + 1) % max(1, round(interval * n_steps)) == 0
+
+
+def alive(site: SiteState, name: str) -> Tensor:
+    """Return state["alive"] [K, b], made at first for the vector or matrix `name` [K, ..., b]."""
+    if "alive" not in site.state:
+        value = site.t[name]
+        site.state["alive"] = value.new_ones(value.shape[0], value.shape[-1])
+    return site.state["alive"]
+
+
+def in_use(sites: Sequence[SiteState], name: str) -> list[Tensor]:
+    """Return the number of ranks in use at each site, [K] each."""
+    return [alive(site, name).sum(-1).long() for site in sites]
 
 
 def take(value: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -50,21 +97,3 @@ def regrow(
     alive = place < n_all
     site.state["alive"] = alive.to(site.scale.dtype)
     return alive & (index < 0)
-
-
-def alive(site: SiteState, name: str) -> Tensor:
-    """Return state["alive"] [K, b], made at first for the vector or matrix `name` [K, ..., b]."""
-    if "alive" not in site.state:
-        value = site.t[name]
-        site.state["alive"] = value.new_ones(value.shape[0], value.shape[-1])
-    return site.state["alive"]
-
-
-def in_use(sites: Sequence[SiteState], name: str) -> list[Tensor]:
-    """Return the number of ranks in use at each site, [K] each."""
-    return [alive(site, name).sum(-1).long() for site in sites]
-
-
-def due(step: int, n_steps: int, interval: float) -> bool:
-    """Return whether a fraction `interval` of the run, at least one step, ends with this step."""
-    return (step + 1) % max(1, round(interval * n_steps)) == 0

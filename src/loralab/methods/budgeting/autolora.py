@@ -24,20 +24,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.budgeting._ranks import in_use, regrow
+from loralab.methods.budgeting._search import Search, Searching, TwoLevel, anew
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Recipe, Schedule, Site, SiteState, Tensors
-from loralab.training.adamw import AdamW
+from loralab.recipe import Evidence, Recipe, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
-class WeightedParts(Form):
+class WeightedParts(Searching):
     """LoRA's pair with a weight per rank: softmax(alpha) while searching, then 1."""
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha", "searching"})
-    frozen: ClassVar[frozenset[str]] = frozenset({"searching"})
     rank_axis: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "alpha": -1}
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
@@ -51,45 +47,8 @@ class WeightedParts(Form):
 
 
 @dataclass(frozen=True)
-class TwoLevel(AdamW):
-    """AdamW; alpha's gradient is of held-out data.
-
-    Args:
-        ratio: alpha's learning rate over that of A and B, positive.
-    """
-
-    singles_out: ClassVar[frozenset[str]] = frozenset({"alpha"})
-    held_out: ClassVar[frozenset[str]] = frozenset({"alpha"})
-
-    ratio: float = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.ratio > 0:
-            raise UserError(f"ratio of AutoLoRA must be positive, not {self.ratio!r}")
-
-    def lr_ratio(self, name: str) -> float:
-        return self.ratio if name == "alpha" else 1.0
-
-
-@dataclass(frozen=True)
-class SearchThenTrain(Schedule):
-    """Keep the parts that matter, and start them anew.
-
-    Args:
-        search: the share of the run that searches, in (0, 1); at least one step.
-    """
-
-    singles_out: ClassVar[frozenset[str]] = frozenset({"alpha", "searching"})
-    trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha"})
-    changes: ClassVar[frozenset[str]] = frozenset({"searching"})
-    resizes: ClassVar[bool] = True
-
-    search: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.search < 1:
-            raise UserError(f"search of AutoLoRA lies in (0, 1), it is {self.search!r}")
+class SearchThenTrain(Search):
+    """Keep the parts that matter, and start them anew."""
 
     def objection(self, recipe: Recipe) -> tuple[str, str] | None:
         if "alpha" in recipe.form.rank_axis:
@@ -97,28 +56,13 @@ class SearchThenTrain(Schedule):
         return "form", "it compares the alphas of a layer's ranks, and the form has one per layer"
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        if step + 1 != max(1, round(self.search * n_steps)) or step + 1 == n_steps:
+        if not self.ends(step, n_steps):
             return
         for site in sites:
             alpha = site.t["alpha"]
             # Equal weights are 1/r each, which rounding may leave just below the threshold.
             anew(site, alpha.softmax(-1) * alpha.shape[-1] >= 1 - 1e-5)
             site.t["alpha"].mul_(site.state["alive"])
-
-    def ranks(self, sites: Sequence[SiteState]) -> list[Tensor] | None:
-        return in_use(sites, "B")
-
-
-def anew(site: SiteState, keep: Tensor) -> None:
-    """Go on with the ranks in the mask `keep` [K, r], from a fresh start and without a search."""
-    regrow(site, keep)
-    alive = site.state.pop("alive")
-    site.renew(1)
-    site.fixed["searching"].zero_()
-    site.t["A"].mul_(alive.unsqueeze(-1))  # a slot with fewer ranks keeps the rest at 0
-    for memory in site.state.values():
-        memory.zero_()
-    site.state["alive"] = alive
 
 
 register(

@@ -1,14 +1,14 @@
 """BeamLoRA, arXiv 2502.13604: y = W0 x + s B diag(s') A x, s' = r softmax(g / τ), ranks as a beam.
 
-The importance of a rank is its learned s'. Every Δt steps, all ranks of all modules are sorted by
+The importance of a rank is its learned s'. Every Δt steps all ranks of all modules are sorted by
 it; those beyond a share p of the total (top-p) are pruned, and as many of the most important ranks
 of the same module are expanded into their places: the pruned rank takes the parent's A and B, and
-their moments, of half a period ago (a copy of the present ones could never part from its parent),
-and both take the mean of their gates. p rises as a cosine from p0 to 1, where pruning ends.
+their moments, of half a period ago, and both take the mean of their gates. p rises as a cosine from
+p0 to 1, where pruning ends.
 
-From the authors' code (gccnlp/BeamLoRA, train.py and its peft) and a note on the paper, whose text
-was not to be had; the direction of the cosine is our reading. There the moments' copies are written
-to a temporary and lost; here they arrive. At most half of a module's ranks are pruned at once.
+From the authors' code and a note on the paper. The direction of the cosine is our reading (another
+note has p fall). There the moments' copies are written to a temporary and lost; here they arrive.
+At most half of a module's ranks are pruned at once (ours).
 
 :summary: Weak ranks of a module give their place to copies of its strong ones
 :equation: dW = s B diag(r softmax(g / tau)) A; ranks beyond the top-p share become copies
@@ -21,8 +21,8 @@ to a temporary and lost; here they arrive. At most half of a module's ranks are 
     Weiping Wang, Haifeng Wang
 :source: arXiv 2502.13604, 2025: assessment, pruning and expansion, dynamic top-p of the method's
     section
-:verified: authors' code (gccnlp/BeamLoRA); its scheduler's file and the paper's text were not to be
-    had
+:verified: authors' code (gccnlp/BeamLoRA: train.py, its script and its peft); its scheduler's file
+    and the paper's text were not to be had
 """
 
 import math
@@ -33,16 +33,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Positive, SomeShare
 from loralab.methods import register
-from loralab.methods.budgeting._ranks import take
+from loralab.methods.budgeting._moves import beyond, ranked, recall, remember
 from loralab.methods.expansion.lora import plain_pair
 from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
-def importance(t: Tensors) -> Tensor:
+def shares(t: Tensors) -> Tensor:
     """Return s' [*, r], whose mean is 1."""
     return (t["gate"] / t["tau"]).softmax(-1) * t["gate"].shape[-1]
+
+
+def importance(site: SiteState) -> Tensor:
+    """Return s' [K, r] to compare ranks by."""
+    # Adam's first steps move all gates by nearly the same: rounding must not choose among them.
+    return shares(site.t | site.fixed).round(decimals=4)
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,7 @@ class BeamLoRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate", "tau"})
     frozen: ClassVar[frozenset[str]] = frozenset({"tau"})  # a tensor, so that Beam sees it too
 
-    tau: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise UserError(f"tau of BeamLoRA must be positive, not {self.tau}")
+    tau: Positive = 0.05
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return LoRA's A and B = 0, gate [r] = 0, so that all s' are 1, and tau [1]."""
@@ -69,7 +71,7 @@ class BeamLoRA(Form):
         return plain_pair(site, evidence) | own
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        return t["B"], importance(t).unsqueeze(-1) * t["A"]
+        return t["B"], shares(t).unsqueeze(-1) * t["A"]
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,9 @@ class Beam(Schedule):
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
     changes: ClassVar[frozenset[str]] = frozenset({"tau"})
 
-    interval: float = 0.08
-    p: float = 0.95
-    until: float = 2 / 3
-
-    def __post_init__(self) -> None:
-        for name in ("interval", "p", "until"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} of BeamLoRA is a share, not {getattr(self, name)}")
+    interval: SomeShare = 0.08
+    p: SomeShare = 0.95
+    until: SomeShare = 2 / 3
 
     def threshold(self, step: int, n_steps: int) -> float:
         """Return p after 0-based `step`."""
@@ -105,57 +102,28 @@ class Beam(Schedule):
         t, every = step + 1, max(2, round(self.interval * n_steps))
         if t % every == every // 2:
             for site in sites:
-                now = {n: site.t[n] for n in ("A", "B")} | {
-                    n: v for n, v in site.state.items() if n[:2] in ("m.", "v.")
-                }
-                for name in ("A", "B", "m.A", "m.B", "v.A", "v.B"):
-                    if name in now:
-                        site.state["was." + name] = now[name].clone()
+                remember(site)
         elif t % every == 0 and n_steps - t >= every and "was.A" in sites[0].state:
             for site, weak in zip(sites, self.weak(sites, step, n_steps), strict=True):
                 self.expand(site, weak, step)
 
     def weak(self, sites: Sequence[SiteState], step: int, n_steps: int) -> list[Tensor]:
-        """Return masks [K, r] of the ranks beyond the share p of the importance of all sites."""
-        # Adam's first steps move all gates by nearly the same: rounding must not choose among them.
-        scores = [importance(site.t | site.fixed).round(decimals=4) for site in sites]
-        ordered, order = torch.cat(scores, -1).sort(dim=-1, descending=True, stable=True)
-        share = ordered.cumsum(
-            -1
-        )  # measured by its own end, which p = 1 must not exceed by rounding
-        beyond = share > self.threshold(step, n_steps) * share[..., -1:]
-        mask = torch.zeros_like(beyond).scatter_(-1, order, beyond)
-        found = []
-        for s, weak in zip(scores, mask.split([s.shape[-1] for s in scores], -1), strict=True):
-            # In the order that `expand` takes parents by: among equals, too, no rank is both.
-            place = s.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-            found.append(weak & (place >= s.shape[-1] - s.shape[-1] // 2))
-        return found
+        """Return masks [K, r] of the ranks to prune: beyond the share p, half of a module's."""
+        return beyond([importance(site) for site in sites], self.threshold(step, n_steps))
 
     def expand(self, site: SiteState, weak: Tensor, step: int) -> None:
         """Put the strongest ranks' past in the places of the weak ones, in random order."""
-        gate, score = site.t["gate"], importance(site.t | site.fixed).round(decimals=4)
-        index = torch.arange(gate.shape[-1], device=gate.device).repeat(len(gate), 1)
-        for slot in range(len(gate)):
+        gate, order = site.t["gate"], ranked(importance(site))
+        for slot in range(len(weak)):
             places = weak[slot].nonzero().flatten()
-            parents = score[slot].argsort(descending=True, stable=True)[: len(places)]
             mix = torch.randperm(len(places), generator=site.generator(slot, "beam", step))
-            index[slot, places] = parents[mix.to(parents.device)]
-        for name, axis in (("A", -2), ("B", -1)):
-            at = weak.unsqueeze(-1 if axis == -2 else -2)
-            for kind in ("", "m.", "v."):
-                now = site.t[name] if not kind else site.state.get(kind + name)
-                if now is not None:
-                    past = take(site.state["was." + kind + name], index, axis)
-                    now.copy_(torch.where(at, past, now))
-        # A parent has one child, so the mean of the two gates is each one's new gate.
-        mean = torch.where(weak, (gate + take(gate, index, -1)) / 2, gate)
-        parent = torch.zeros_like(gate).scatter_add_(-1, index, torch.where(weak, mean, 0))
-        has_child = torch.zeros_like(gate).scatter_add_(-1, index, weak.to(gate.dtype)) > 0
-        gate.copy_(torch.where(has_child, parent, mean))
-        for kind in ("m.gate", "v.gate"):
-            if kind in site.state:
-                site.state[kind].zero_()
+            parents = order[slot, mix.to(order.device)]
+            recall(site, slot, places, parents)
+            # A parent has one child, so the mean of the two gates is each one's new gate.
+            mean = (gate[slot, places] + gate[slot, parents]) / 2
+            gate[slot, places], gate[slot, parents] = mean, mean
+        for name in {"m.gate", "v.gate"} & site.state.keys():
+            site.state[name].zero_()
 
 
 register("beamlora", "budgeting", __doc__, BeamLoRA(), schedule=Beam())

@@ -10,24 +10,25 @@ lower level (Betty); this is the first-order version.
 :trap: Softmax values are never 0, so the update starts at 0 by P = 0.
 :trap: The penalty pulls P and Q to orthonormal whatever the loss says.
 :trap: Nothing is pruned: the values decide how much each direction counts.
+:trap: The paper splits the training data 8 to 2 (on E2E: training and validation data).
 :title: BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank Adaptation of
     Large Pre-trained Models
 :authors: Rushi Qiang, Ruiyi Zhang, Pengtao Xie
 :source: arXiv 2403.13037, 2024: section 3
-:verified: the abstract and public reviews of the paper (ICLR 2024); the text and code could not be
-    had, so the start P = 0 is ours
+:verified: the abstract and public reviews of the paper (ICLR 2024), with its split of 8 to 2; the
+    text and code could not be had, so the start P = 0 is ours
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import NonNegative, OneOf
 from loralab.methods import register
-from loralab.methods.budgeting.adalora import AdaSVD
+from loralab.methods.budgeting._svd import AXES, AdaSVD
 from loralab.recipe import Evidence, Form, Recipe, Site, Tensors
 from loralab.training.adamw import AdamW
 
@@ -43,21 +44,17 @@ class PseudoSVD(Form):
     """Pseudo singular vectors P, Q and values Λ.
 
     Args:
-        values: how Λ comes from its free numbers, one of `VALUES`.
-        gamma: weight of the orthogonality penalty, in training only; AdaLoRA's by default.
+        values: how Λ comes from its free numbers.
+        gamma: γ, in training only; AdaLoRA's by default.
         gamma_binary: weight of the entropy of "binary" values.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"P", "Lambda", "Q"})
-    rank_axis: ClassVar[dict[str, int]] = {"P": -1, "Lambda": -1, "Q": -2}
+    rank_axis: ClassVar[Mapping[str, int]] = AXES
 
-    values: str = "softmax"
-    gamma: float = 0.1
-    gamma_binary: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.values not in VALUES:
-            raise UserError(f"values of BiLoRA is one of {', '.join(VALUES)}, not {self.values!r}")
+    values: Annotated[str, OneOf(VALUES)] = "softmax"
+    gamma: NonNegative = 0.1
+    gamma_binary: NonNegative = 0.1
 
     def objection(self, recipe: Recipe) -> tuple[str, str] | None:
         if self.values != "softmax" or not recipe.schedule.resizes:

@@ -3,7 +3,7 @@ matrix Γ = [γ_ij] (the paper's differential adaptation matrix) says which modu
 
 Γ is relaxed to [0, 1] and learned on held-out data, then made discrete: in each layer the K modules
 with the largest γ are adapted and trained anew, the others are not. Here γ is a sigmoid per module
-and K a share of the layer's modules, both our reading; the paper's weight sharing is left out.
+and K a share of the layer's modules, both our reading.
 
 :summary: Learns on held-out data which modules of each layer to adapt
 :equation: dW = s gamma B A, gamma = sigmoid(alpha) on held-out data, then 0 or 1
@@ -23,20 +23,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import SomeShare
 from loralab.methods import register
-from loralab.methods.budgeting._ranks import in_use
-from loralab.methods.budgeting.autolora import TwoLevel, anew
+from loralab.methods.budgeting._search import Search, Searching, TwoLevel, anew
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Recipe, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
-class SelectedModule(Form):
+class SelectedModule(Searching):
     """LoRA's pair times one number: sigmoid(alpha) while searching, then 1."""
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha", "searching"})
-    frozen: ClassVar[frozenset[str]] = frozenset({"searching"})
     rank_axis: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
@@ -50,27 +47,14 @@ class SelectedModule(Form):
 
 
 @dataclass(frozen=True)
-class SelectModules(Schedule):
+class SelectModules(Search):
     """Adapt the best modules of every layer and start them anew.
 
     Args:
-        search: the share of the run that searches, in (0, 1); at least one step.
-        share: K in units of a layer's modules, in (0, 1]; at least one module stays.
+        share: K in units of a layer's modules; at least one module stays.
     """
 
-    singles_out: ClassVar[frozenset[str]] = frozenset({"alpha", "searching"})
-    trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha"})
-    changes: ClassVar[frozenset[str]] = frozenset({"searching"})
-    resizes: ClassVar[bool] = True
-
-    search: float = 0.5
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.search < 1:
-            raise UserError(f"search of DiffoRA lies in (0, 1), it is {self.search!r}")
-        if not 0 < self.share <= 1:
-            raise UserError(f"share of DiffoRA lies in (0, 1], it is {self.share!r}")
+    share: SomeShare = 0.5
 
     def objection(self, recipe: Recipe) -> tuple[str, str] | None:
         if "alpha" not in recipe.form.rank_axis:
@@ -78,7 +62,7 @@ class SelectModules(Schedule):
         return "form", "it compares one alpha per layer, and the form has one per rank"
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        if step + 1 != max(1, round(self.search * n_steps)) or step + 1 == n_steps:
+        if not self.ends(step, n_steps):
             return
         for layer in dict.fromkeys(site.site.layer for site in sites):
             modules = [site for site in sites if site.site.layer == layer]
@@ -87,9 +71,6 @@ class SelectModules(Schedule):
             chosen = torch.zeros_like(alpha).scatter_(-1, alpha.topk(count, -1).indices, 1.0)
             for site, choice in zip(modules, chosen.split(1, -1), strict=True):
                 anew(site, choice.expand(-1, site.t["B"].shape[-1]))
-
-    def ranks(self, sites: Sequence[SiteState]) -> list[Tensor] | None:
-        return in_use(sites, "B")
 
 
 register(

@@ -1,10 +1,10 @@
 """DyLoRA, arXiv 2210.07558, section 4: every training step uses the first b ranks alone, b random.
 
-b ~ p_B over 1..r; h = W0 x + (α/b) W_up↓b W_dw↓b x, where ↓b keeps the first b columns of W_up and
-rows of W_dw. The ranks get sorted by importance, so that afterwards any b serves without training
-anew. One b serves all modules of a step. `last_only` trains the b-th column and row alone: the
-paper's DyLoRA (Frozen), and what the authors' script does. p_B is uniform, as there, unless `p`
-makes it geometric. Evaluation uses all r ranks until `Truncate` cuts at another b.
+h = W0 x + (α/b) W_up↓b W_dw↓b x, where ↓b keeps the first b columns of W_up and rows of W_dw. The
+ranks get sorted by importance, so that afterwards any b serves without training anew. One b ~ p_B,
+uniform as in the authors' script or geometric by `p`, serves all modules of a step. `last_only`
+trains the b-th column and row alone: the paper's DyLoRA (Frozen), and what that script does.
+Evaluation uses all r ranks until `Truncate` cuts at another b.
 
 :summary: Trains with a random number of leading ranks, so that any rank works afterwards
 :equation: h = W x + (alpha / b) B[:, :b] A[:b] x, b random in 1..r at every step
@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, InnerShare
 from loralab.methods import register
 from loralab.methods.budgeting._ranks import regrow
 from loralab.methods.expansion.lora import plain_pair
@@ -45,11 +45,7 @@ class DyLoRA(Form):
     draws_alike: ClassVar[bool] = True  # one b per step for the whole model
 
     last_only: bool = False
-    p: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.p is not None and not 0 < self.p < 1:
-            raise UserError(f"p of DyLoRA is a probability between 0 and 1, not {self.p}")
+    p: InnerShare | None = None
 
     def objection(self, recipe: Recipe) -> tuple[str, str] | None:
         if not recipe.schedule.resizes or isinstance(recipe.schedule, Truncate):
@@ -62,8 +58,8 @@ class DyLoRA(Form):
     def draw(self, site: Site, n: int, generator: torch.Generator) -> Tensors:
         """Return weights [r] that are r/b for the first b ranks, and a mask [r] of the b-th."""
         i = torch.arange(site.rank)
-        chance = torch.ones(site.rank, dtype=torch.float64) if self.p is None else (1 - self.p) ** i
-        b = int(torch.multinomial(chance.double(), 1, generator=generator))
+        chance = (1 - (self.p or 0.0)) ** i.double()
+        b = int(torch.multinomial(chance, 1, generator=generator))
         return {"weights": (i <= b) * (site.rank / (b + 1)), "last": (i == b).float()}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
@@ -88,11 +84,7 @@ class Truncate(Schedule):
     pair_only: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
 
-    keep: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep is not None and self.keep < 1:
-            raise UserError(f"keep of DyLoRA counts ranks, so it is not {self.keep}")
+    keep: Count | None = None
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         """After the last step, keep the first ranks; α/b in place of α/r."""
@@ -103,8 +95,7 @@ class Truncate(Schedule):
             r = B.shape[-1]
             b = min(self.keep or r, r)
             B.mul_(r / b)
-            first = torch.arange(r, device=B.device) < b
-            regrow(site, first.expand(len(B), r))
+            regrow(site, (torch.arange(r, device=B.device) < b).expand(len(B), r))
 
 
 register("dylora", "budgeting", __doc__, DyLoRA(), schedule=Truncate())

@@ -2,14 +2,13 @@
 the ranks go to the directions that explain most variance, over all layers.
 
 V and σ² are here the eigenvectors and eigenvalues of the inputs' second moment (mean of x xᵀ),
-which is what the paper's incremental SVD converges to. The authors' PEFT code subtracts the inputs'
-mean first.
+which is what the paper's incremental SVD converges to.
 
 :summary: A starts from the inputs' leading directions, ranks follow explained variance
 :equation: A0 = V[:, :r]^T of X = U S V^T, B0 = 0; the sum of ranks is kept
 :trap: The ranks keep their sum, not the parameter count: wide layers may grow.
 :trap: A layer that explains little gets rank 0 and is left out.
-:trap: PEFT centres the inputs; the paper's SVD is of the inputs as they are.
+:trap: PEFT (the authors' code) centres the inputs; the paper's SVD is of the inputs as they are.
 :trap: Layers with the same input have the same directions; ties go to the earlier layer.
 :title: Parameter Efficient Fine-tuning via Explained Variance Adaptation
 :authors: Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, Marc Peter
@@ -21,23 +20,16 @@ mean first.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import AtLeastOne, OneOf
 from loralab.methods import register
+from loralab.methods.budgeting._evidence import covariance_of
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Evidence, Site, Start, Tensors
-
-
-def covariance_of(evidence: Evidence, who: str) -> Tensor:
-    """Return mean x xᵀ in fp64, or raise UserError for the piece `who` without data."""
-    if evidence.covariance is None:
-        raise UserError(f"{who} looks at the layers' inputs: give `data`, an iterable of batches")
-    return evidence.covariance.double()
-
+from loralab.recipe import Evidence, Look, Site, Start, Tensors
 
 # ξ per direction of one layer, up to a factor that all layers have in common.
 RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,18 +52,10 @@ class EVA(Start):
     needs: ClassVar[frozenset[str]] = frozenset({"covariance"})
     keeps_scale: ClassVar[bool] = True
 
-    rho: float = 2.0
-    ratio: str = "explained"
+    rho: AtLeastOne = 2.0
+    ratio: Annotated[str, OneOf(RATIOS)] = "explained"
 
-    def __post_init__(self) -> None:
-        if not self.rho >= 1:
-            raise UserError(f"rho of EVA must be at least 1, not {self.rho!r}")
-        if self.ratio not in RATIOS:
-            raise UserError(f"ratio of EVA is one of {', '.join(RATIOS)}, not {self.ratio!r}")
-
-    def ranks(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, int] | None:
+    def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         if self.rho == 1:
             return None
         found = []

@@ -12,128 +12,54 @@ that s B0 A0 ≈ -γ G under the scale s = α / √r.
 :trap: The budget counts sqrt(m + n) per rank: the parameters stay near LoRA's, not equal.
 :trap: B0 is minus the gradient's image; the authors' code (at 2f7d63c) shows no minus.
 :trap: The scale is alpha / sqrt(r_i) with each layer's own rank.
+:trap: The authors' scripts train with LoRA+ at ratio 16; the default here is plain AdamW.
 :title: GoRA: Gradient-driven Adaptive Low Rank Adaptation
 :authors: Haonan He, Peng Ye, Yuchen Ren, Yuan Yuan, Luyang Zhou, Shucun Ju, Lei Chen
 :source: arXiv 2502.12171, 2025: section 3
 :verified: a public reading of the paper (papernotes, NeurIPS 2025), the survey arXiv 2601.22708 and
-    the authors' code (hhnqqq/MyTransformers, gora.py)
+    the authors' code (hhnqqq/MyTransformers, gora.py at 2f7d63c and its scripts)
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import NonNegative
 from loralab.methods import register
+from loralab.methods.budgeting._evidence import Proportional, gradient_of, sensitivity
 from loralab.methods.expansion.lora import plain_pair
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Site, Start, Tensors
-
-
-def gradient_of(evidence: Evidence, who: str) -> Tensor:
-    """Return the gradient at the base, or raise UserError for the start `who` without data."""
-    if evidence.gradient is None:
-        raise UserError(f"{who} looks at gradients: give `data`, an iterable of batches")
-    return evidence.gradient
-
-
-def sensitivity(evidence: Evidence, who: str) -> float:
-    """Return mean |W ∘ G|."""
-    return (evidence.weight * gradient_of(evidence, who)).abs().mean().item()
-
-
-def share_out(
-    sites: Sequence[Site],
-    importance: Mapping[str, float],
-    least: float,
-    most: float,
-    smoothing: str = "sqrt",
-    rounded: Callable[[float], int] = round,
-) -> dict[str, int] | None:
-    """Return ranks in proportion to importance, the (smoothed) parameter count held.
-
-    Args:
-        least, most: bounds of a rank in units of the one asked for.
-        smoothing: weigh a layer by √(m + n) ("sqrt", as printed) or by m + n ("none").
-    """
-    weigh = SMOOTHING[smoothing]
-    total = sum(importance.values())
-    if not 0 < total < math.inf:  # no gradient anywhere says nothing about the layers
-        return None
-    asked = {s.name: s.asked or s.rank for s in sites}
-    budget = sum(weigh(s.d_in + s.d_out) * asked[s.name] for s in sites)
-    ranks = {}
-    for s in sites:
-        rank = rounded(budget * importance[s.name] / total / weigh(s.d_in + s.d_out))
-        low, high = max(1, round(least * asked[s.name])), round(most * asked[s.name])
-        ranks[s.name] = min(max(rank, low), high, s.d_in, s.d_out)
-    return ranks
-
-
-SMOOTHING: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "none": float}
-
-
-def check_bounds(piece: str, least: float, most: float, smoothing: str) -> None:
-    """Raise UserError unless 0 < least <= 1 <= most and `smoothing` is known."""
-    if not (0 < least <= 1 <= most):
-        raise UserError(
-            f"least and most of {piece} are multiples of the rank asked for, on either side of 1, "
-            f"not {least} and {most}"
-        )
-    if smoothing not in SMOOTHING:
-        raise UserError(f"smoothing of {piece} is 'sqrt' or 'none', not {smoothing!r}")
-
-
-class RanksOnly(Start):
-    """Base of starts that choose ranks and leave the tensors to the Form."""
-
-    pair_only: ClassVar[bool] = False
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        return {}
+from loralab.recipe import Evidence, Look, Site, Tensors
 
 
 @dataclass(frozen=True)
-class GoRA(Start):
-    """Ranks by sensitivity, B by the compressed gradient.
+class GoRA(Proportional):
+    """Ranks by sensitivity, B by the compressed gradient; "none" as smoothing is the scripts'.
 
     Args:
-        gamma: γ, the length of the first step in units of the gradient; not negative.
-        least, most: r_min and r_max in units of the rank asked for (4 and 32 at 8 in the paper).
-        smoothing: "sqrt" as in the paper; "none" as in the authors' scripts.
+        gamma: γ, the length of the first step in units of the gradient.
         anchored: begin at the base; the paper's model begins at W + s B0 A0, one gradient step
             ahead.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
     departs: ClassVar[bool] = True
 
-    gamma: float = 0.05
-    least: float = 0.5
-    most: float = 4.0
-    smoothing: str = "sqrt"
+    gamma: NonNegative = 0.05
     anchored: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise UserError(f"gamma of GoRA must not be negative, it is {self.gamma!r}")
-        check_bounds("GoRA", self.least, self.most, self.smoothing)
-
-    def ranks(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, int] | None:
+    def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         importance = {s.name: sensitivity(evidence(s), "GoRA") for s in sites}
-        return share_out(sites, importance, self.least, self.most, self.smoothing)
+        # The formula rounds; the authors' code, whose scripts have no smoothing, rounds down.
+        rounded = math.floor if self.smoothing == "none" else round
+        return self.share_out(sites, importance, rounded)
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         G, A = gradient_of(evidence, "GoRA"), plain_pair(site, evidence)["A"]
         # γ √(n/r) / s is ξ under s = α/√r, and keeps s B0 A0 = -γ √(n/r) G P_A under any s.
         xi = self.gamma * math.sqrt(site.d_in / site.rank) / evidence.scale
-        # The minus sign is the paper's; the authors' code (at 2f7d63c) shows none.
         Q, R = torch.linalg.qr(A.mT.double())  # A0ᵀ (A0 A0ᵀ)⁻¹ = Q R⁻ᵀ
         B = -xi * torch.linalg.solve_triangular(R.mT, G.double() @ Q, upper=False, left=False)
         return {"A": A, "B": B.to(A)}

@@ -2,43 +2,39 @@
 pruned while it trains.
 
 r_l = r_s + (r_f - r_s) l / (L - 1) for layer l of L. Every so many steps the share p of the entries
-of A with the least |A_ij| ‖x_j‖ is set to 0 (Wanda's importance, arXiv 2306.11695); pruned entries
-train on and may grow back.
+of A with the least |A_ij| ‖x_j‖ is set to 0 (Wanda's importance, arXiv 2306.11695).
 
 :summary: Ranks grow with depth, and the unimportant half of A is pruned as it trains
 :equation: r_l from r/2 at the first layer to 3r/2 at the last; A_ij = 0 where |A_ij| |x_j| is least
-:trap: Pruning sets entries to 0 and lets them train on; it is no mask.
+:trap: Pruning sets entries to 0 and lets them train on, so that they may grow back; it is no mask.
 :trap: Entries compete within a row of A, as in Wanda, not over the matrix.
-:trap: The inputs' sizes are those at the base; the paper averages them while it trains.
+:trap: The inputs' sizes are those at the base, since a Schedule sees no inputs; the paper averages
+    them while it trains.
 :trap: The mean rank is the one asked for only if every depth has as many layers.
 :title: PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation
 :authors: Nadav Benedek, Lior Wolf
 :source: arXiv 2401.11316, 2024: section 3
-:verified: our reading of the abstract and of second-hand summaries; the text and the authors' code
-    could not be had, so 4 to 12, 40 steps and one half are from memory
+:verified: the abstract and a public review (Moonlight) for the ranks; the text and the authors'
+    code could not be had, so 4 to 12, 40 steps and one half are from memory
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, PartShare, Positive
 from loralab.methods import register
-from loralab.methods.budgeting.eva import covariance_of
-from loralab.methods.budgeting.gora import RanksOnly
+from loralab.methods.budgeting._evidence import covariance_of
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Look, OwnStart, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
 class PairAndInputs(Form):
-    """LoRA's pair beside the size of each input, √(mean x_j²), measured at the base.
-
-    The paper averages the sizes while it trains; a Schedule sees no inputs, so here they stay.
-    """
+    """LoRA's pair beside the size of each input, √(mean x_j²), measured at the base."""
 
     pair: ClassVar[bool] = True
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "x"})
@@ -57,25 +53,17 @@ class PairAndInputs(Form):
 
 
 @dataclass(frozen=True)
-class RisingRanks(RanksOnly):
+class RisingRanks(OwnStart):
     """Ranks that grow linearly with depth; the tensors are the Form's own.
 
     Args:
         first, last: r_s and r_f in units of the rank asked for; 4 and 12 at 8 in the paper.
     """
 
-    first: float = 0.5
-    last: float = 1.5
+    first: Positive = 0.5
+    last: Positive = 1.5
 
-    def __post_init__(self) -> None:
-        if not (self.first > 0 and self.last > 0):
-            raise UserError(
-                f"first and last of PRILoRA must be positive, not {self.first} and {self.last}"
-            )
-
-    def ranks(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, int] | None:
+    def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         ranks = {}
         for s in sites:
             depth = s.layer / (s.n_layers - 1) if s.n_layers > 1 else 0.5
@@ -90,20 +78,14 @@ class PruneA(Schedule):
 
     Args:
         every: steps between two prunings; a quarter of the run in shorter runs.
-        share: p, the share of each row of A that is set to 0, in [0, 1).
+        share: p, the share of each row of A that is set to 0.
     """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"A", "x"})
     trained: ClassVar[frozenset[str]] = frozenset({"A"})
 
-    every: int = 40
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or self.every < 1:
-            raise UserError(f"every of PRILoRA counts steps, so it is not {self.every!r}")
-        if not 0 <= self.share < 1:
-            raise UserError(f"share of PRILoRA lies in [0, 1), it is {self.share!r}")
+    every: Count = 40
+    share: PartShare = 0.5
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         if (step + 1) % min(self.every, max(1, n_steps // 4)):

@@ -2,12 +2,11 @@
 number known to us), with MELoRA's blocks (arXiv 2402.17263): dW = s diag(B_1 A_1, ..., B_n A_n).
 
 erank(G) = exp(-Σ p ln p), p = σ / Σσ the singular values of the gradient at the base;
-n = 2^⌊log2(erank(G) / r)⌋ within [1, n_max]. Each block has rank r, so dW has rank n r at LoRA's
-count r (d_in + d_out).
+n = 2^⌊log2(erank(G) / r)⌋ within [1, n_max].
 
 :summary: As many diagonal blocks as the gradient's effective rank asks for
 :equation: dW = s diag(B_1 A_1, ..., B_n A_n), n = 2^floor(log2(erank(G) / r))
-:trap: Every block has the full rank r: the update's rank is n r, the count LoRA's.
+:trap: Every block has the full rank r: the update's rank is n r, the count LoRA's r (d_in + d_out).
 :trap: Block i maps part i of the inputs to part i of the outputs and no other.
 :trap: n_max is ours (32): no default is printed in what we could read.
 :trap: An erank below r gives one block, which is LoRA.
@@ -21,23 +20,19 @@ count r (d_in + d_out).
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count, OneOf
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.budgeting.gora import gradient_of
+from loralab.methods.budgeting._evidence import adalomo_step, effective_rank, gradient_of
 from loralab.methods.expansion.lora import uniform
 from loralab.recipe import Evidence, Form, Site, Tensors
 
-
-def effective_rank(G: Tensor) -> float:
-    """Return exp of the entropy of G's normalised singular values (Roy and Vetterli, 2007)."""
-    sigma = torch.linalg.svdvals(G.double())
-    p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)
-    return max(1.0, torch.special.entr(p).sum().exp().item())
+UPDATES = {"gradient": lambda evidence: gradient_of(evidence, "RaLoRA"), "adalomo": adalomo_step}
 
 
 @dataclass(frozen=True)
@@ -58,14 +53,13 @@ class RaLoRA(Form):
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
-    n_max: int = 32
-    update: str = "gradient"
+    n_max: Count = 32
+    update: Annotated[str, OneOf(UPDATES)] = "gradient"
 
     def __post_init__(self) -> None:
-        if self.n_max < 1 or self.n_max & (self.n_max - 1):
-            raise UserError(f"n_max of RaLoRA must be a power of two, not {self.n_max!r}")
-        if self.update not in UPDATES:
-            raise UserError(f"update of RaLoRA is one of {', '.join(UPDATES)}, not {self.update!r}")
+        super().__post_init__()
+        if self.n_max & (self.n_max - 1):
+            raise UserError(f"n_max of RaLoRA must be a power of two, not {self.n_max}")
 
     def most(self, site: Site) -> int:
         """Return the most blocks that a layer can have."""
@@ -105,24 +99,5 @@ class RaLoRA(Form):
         h = (self.together(t, parts) @ h.flatten(-2)).unflatten(-1, h.shape[-2:])
         return (h @ B).transpose(-3, -2).flatten(-2)
 
-
-def adalomo_step(evidence: Evidence) -> Tensor:
-    """Return the first step of AdaLomo on W, the learning rate left out.
-
-    -max(10⁻³, rms W) U / max(1, rms U) with U = G / √(R Cᵀ / mean R), R and C the row and column
-    means of G².
-    """
-    G = gradient_of(evidence, "DRaLoRA").double()
-    square = G.square() + 1e-30
-    rows, columns = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
-    U = G * (rows / rows.mean()).rsqrt() * columns.rsqrt()
-    rms = evidence.weight.double().square().mean().sqrt().clamp_min(1e-3)
-    return -rms * U / U.square().mean().sqrt().clamp_min(1)
-
-
-UPDATES = {
-    "gradient": lambda evidence: gradient_of(evidence, "RaLoRA"),
-    "adalomo": adalomo_step,
-}
 
 register("ralora", "budgeting", __doc__, RaLoRA())

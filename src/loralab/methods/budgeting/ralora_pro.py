@@ -19,13 +19,13 @@ share of mean |W ∘ G| (arXiv 2502.12171); then n_l from erank(G_l) / r_l as in
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-from loralab.errors import UserError
+from loralab.bounds import OneOf
 from loralab.methods import register
-from loralab.methods.budgeting.gora import RanksOnly, check_bounds, sensitivity, share_out
-from loralab.methods.budgeting.ralora import RaLoRA, adalomo_step
-from loralab.recipe import Evidence, Site
+from loralab.methods.budgeting._evidence import Proportional, adalomo_step, sensitivity
+from loralab.methods.budgeting.ralora import RaLoRA
+from loralab.recipe import Evidence, Look, OwnStart, Site
 
 IMPORTANCE: dict[str, Callable[[Evidence], float]] = {
     "gradient": lambda evidence: sensitivity(evidence, "RaLoRA-Pro"),
@@ -34,35 +34,18 @@ IMPORTANCE: dict[str, Callable[[Evidence], float]] = {
 
 
 @dataclass(frozen=True)
-class Sensitivity(RanksOnly):
+class Sensitivity(OwnStart, Proportional):
     """Ranks in proportion to each layer's importance; the tensors are the Form's own.
 
     Args:
-        least, most: r_min and r_max in units of the rank asked for.
-        smoothing: "sqrt" as in the paper; "none" as in DRaLoRA.
         importance: "gradient" for mean |W ∘ G|, "adalomo" for the Frobenius norm of AdaLomo's step.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    importance: Annotated[str, OneOf(IMPORTANCE)] = "gradient"
 
-    least: float = 0.5
-    most: float = 4.0
-    smoothing: str = "sqrt"
-    importance: str = "gradient"
-
-    def __post_init__(self) -> None:
-        check_bounds("RaLoRA-Pro", self.least, self.most, self.smoothing)
-        if self.importance not in IMPORTANCE:
-            raise UserError(
-                f"importance of RaLoRA-Pro is one of {', '.join(IMPORTANCE)}, not "
-                f"{self.importance!r}"
-            )
-
-    def ranks(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, int] | None:
+    def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         importance = {s.name: IMPORTANCE[self.importance](evidence(s)) for s in sites}
-        return share_out(sites, importance, self.least, self.most, self.smoothing, math.floor)
+        return self.share_out(sites, importance, math.floor)
 
 
 register("ralora_pro", "budgeting", __doc__, RaLoRA(), start=Sensitivity())

@@ -28,11 +28,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import NonNegative
 from loralab.methods import register
-from loralab.methods.budgeting._ranks import due, regrow
+from loralab.methods.budgeting._gates import DropClosed
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Hyper, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Hyper, Site, SiteState, Tensors
 from loralab.training.adamw import AdamW
 
 
@@ -64,13 +64,8 @@ class ProximalAdamW(AdamW):
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"gate"})
 
-    xi: float = 3e-4
+    xi: NonNegative = 3e-4
     times_lr: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.xi >= 0:
-            raise UserError(f"xi of SoRA must not be negative, but it is {self.xi}")
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
         """Step every tensor, then take ξ from the gates of the slots that move."""
@@ -78,42 +73,18 @@ class ProximalAdamW(AdamW):
         super().step(sites, hyper)
         xi = self.xi * (hyper.lr if self.times_lr else (hyper.lr > 0).to(hyper.lr))
         for site, back in zip(sites, undecayed, strict=True):
-            gate = site.t["gate"]
-            gate.copy_(soft_threshold(gate + back, xi[:, None]))
-
-
-def soft_threshold(x: Tensor, xi: Tensor) -> Tensor:
-    """Return T_ξ(x) = sign(x) max(|x| - ξ, 0)."""
-    return x.sign() * (x.abs() - xi).clamp_min(0)
+            x = site.t["gate"] + back
+            site.t["gate"].copy_(x.sign() * (x.abs() - xi[:, None]).clamp_min(0))
 
 
 @dataclass(frozen=True)
-class DropZeroGates(Schedule):
-    """Remove the ranks whose gate is 0.
-
-    Args:
-        interval: fraction of the run between two removals; 1 removes at the end alone, as in the
-            paper. Earlier ones save time and memory and are final.
-    """
+class DropZeroGates(DropClosed):
+    """Remove the ranks whose gate is 0."""
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
-    resizes: ClassVar[bool] = True
 
-    interval: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.interval <= 1:
-            raise UserError(f"interval of SoRA is a share of the run, not {self.interval}")
-
-    def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        """Drop the ranks whose gate is 0, when it is time."""
-        if not due(step, n_steps, self.interval) and step + 1 < n_steps:
-            return
-        for site in sites:
-            regrow(site, site.t["gate"] != 0)
-
-    def ranks(self, sites: Sequence[SiteState]) -> list[Tensor]:
-        return [(site.t["gate"] != 0).sum(-1) for site in sites]
+    def open(self, site: SiteState) -> Tensor:
+        return site.t["gate"] != 0
 
 
 register("sora", "budgeting", __doc__, SoRA(), rule=ProximalAdamW(), schedule=DropZeroGates())

@@ -1,8 +1,8 @@
-"""C3A, arXiv 2407.19342, section 3.4: dW = C_blk(Δw), a grid of circulant b x b blocks.
+"""C3A: dW = C_blk(Δw), a grid of circulant b x b blocks.
 
-Eq. 4: block (i, j) is C(Δw_ij), whose first row is Δw_ij and whose further rows shift it to the
-right, so (Δw ⋆ x)_t = Σ_l Δw_l x_{t+l}, by FFT as in eq. 1. Eq. 1 also divides by the size, and the
-authors' code by the number of inputs; the published learning rates (0.05 to 7) go with that.
+The rows of a block below its first shift that to the right, so (Δw ⋆ x)_t = Σ_l Δw_l x_{t+l}, by
+FFT as in eq. 1. Eq. 1 also divides by the size, and the authors' code by the number of inputs; the
+published learning rates (0.05 to 7) go with that.
 
 :summary: Block-circulant update: full rank from in·out/b numbers, applied by FFT
 :equation: dW = C_blk(w) / in, block (i, j) circulant with first row w_ij
@@ -12,18 +12,19 @@ authors' code by the number of inputs; the published learning rates (0.05 to 7) 
 :trap: The gradient for x takes the transposed circulant; PEFT's backward does not.
 :title: Parameter-Efficient Fine-Tuning via Circular Convolution
 :authors: Aochuan Chen, Jiashun Cheng, Zijing Liu, Ziqi Gao, Fugee Tsung, Yu Li, Jia Li
-:source: arXiv 2407.19342, 2024: eqs. 1, 3 and 4, algorithm A1
+:source: arXiv 2407.19342, 2024: section 3.4, eqs. 1, 3 and 4, algorithm A1
 :verified: paper and equality with installed PEFT (the authors' code) for outputs, weights and the
     kernel's gradient
 """
 
 from dataclasses import dataclass
 from math import gcd
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
@@ -45,15 +46,9 @@ class C3A(Form):
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
     recomputed: ClassVar[frozenset[str]] = frozenset({"branch"})  # spectra as wide as x and y
 
-    block: int | None = None
+    block: Count | None = None
     divide: bool = True
-    init_w: str = "zero"
-
-    def __post_init__(self) -> None:
-        if self.block is not None and self.block < 1:
-            raise UserError(f"block of C3A must be at least 1 or None, not {self.block}")
-        if self.init_w not in ("zero", "xavier"):
-            raise UserError(f"init_w of C3A is 'zero' or 'xavier', not {self.init_w!r}")
+    init_w: Literal["zero", "xavier"] = "zero"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return w [out/b, in/b, b].

@@ -1,9 +1,9 @@
-"""Delta-LoRA, arXiv 2309.02411, algorithm 1: W(t+1) = W(t) + λ (α/r) (B(t+1) A(t+1) - B(t) A(t)).
+"""Delta-LoRA: W(t+1) = W(t) + λ (α/r) (B(t+1) A(t+1) - B(t) A(t)), beside A and B, after K steps.
 
-Beside A and B, after K steps, the weight moves by their change. (The paper writes A B for our B A.)
-The steps add up to λ s (B A - B_K A_K) with the pair as it was when the motion began, so that W
-stays as it is and two small frozen factors hold its motion: dW = s [B A + λ (B̄ Ā - B_K A_K)],
-where the bars say that no gradient flows: to A and B the moving W is a constant.
+The paper writes A B for our B A. The steps add up to λ s (B A - B_K A_K) with the pair as it was
+when the motion began, so that W stays as it is and two small frozen factors hold its motion:
+dW = s [B A + λ (B̄ Ā - B_K A_K)], where the bars say that no gradient flows: to A and B the moving
+W is a constant.
 
 :summary: The weight itself also moves, by the change of B A, without its own gradient
 :equation: W <- W + lambda s (B' A' - B A) at each step after K; dW = that motion + s B A
@@ -26,46 +26,33 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loralab.bounds import CountOrZero, NonNegative
 from loralab.core.stopgrad import stop_gradient
-from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
+from loralab.methods.expansion.lora import Pair, plain_pair
+from loralab.recipe import Evidence, Schedule, Site, SiteState, Tensors
 
 
 @dataclass(frozen=True)
-class DeltaLoRA(Form):
+class DeltaLoRA(Pair):
     """A pair, and the motion that it hands on to W.
 
     Args:
         ratio: λ, how far W moves for a change of the product; 2 in the paper.
-        scaling: as in LoRA.
     """
 
-    # No `pair`: an anchor would be measured from the present A_K, B_K, and shift the motion.
+    pair: ClassVar[bool] = False  # an anchor's frozen start, taken from A_K, B_K, would shift it
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "A_K", "B_K", "moving"})
     frozen: ClassVar[frozenset[str]] = frozenset({"A_K", "B_K", "moving"})
     rank_axis: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1, "A_K": -2, "B_K": -1}
 
-    ratio: float = 2.0
-    scaling: str = "alpha/r"
-
-    def __post_init__(self) -> None:
-        check_scaling(self.scaling)
-        if not self.ratio >= 0:
-            raise UserError(f"ratio of Delta-LoRA must not be negative, not {self.ratio!r}")
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return scale_of(self.scaling, alpha, rank)
+    ratio: NonNegative = 2.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in], B [out, r] = 0, the pair A_K, B_K = 0 and `moving` [1] = 0."""
         pair = plain_pair(site, evidence)
-        return pair | {
-            "A_K": torch.zeros_like(pair["A"]),
-            "B_K": torch.zeros_like(pair["B"]),
-            "moving": evidence.weight.new_zeros(1),
-        }
+        still = {f"{name}_K": torch.zeros_like(factor) for name, factor in pair.items()}
+        return pair | still | {"moving": evidence.weight.new_zeros(1)}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         A, B, step = t["A"], t["B"], self.ratio * t["moving"].unsqueeze(-1)
@@ -81,24 +68,19 @@ class StartMoving(Schedule):
         start_steps: K. None takes the paper's 500, or a tenth of the run where that is less.
     """
 
-    singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "A_K", "B_K", "moving"})
+    singles_out: ClassVar[frozenset[str]] = DeltaLoRA.owns
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    changes: ClassVar[frozenset[str]] = frozenset({"A_K", "B_K", "moving"})
+    changes: ClassVar[frozenset[str]] = DeltaLoRA.frozen
 
-    start_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.start_steps is not None and self.start_steps < 0:
-            raise UserError(f"start_steps of Delta-LoRA counts steps, not {self.start_steps!r}")
+    start_steps: CountOrZero | None = None
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         K = min(500, n_steps // 10) if self.start_steps is None else self.start_steps
-        if step != K:
-            return
-        for site in sites:
-            site.fixed["A_K"].copy_(site.t["A"])
-            site.fixed["B_K"].copy_(site.t["B"])
-            site.fixed["moving"].fill_(1.0)
+        if step == K:
+            for site in sites:
+                site.fixed["A_K"].copy_(site.t["A"])
+                site.fixed["B_K"].copy_(site.t["B"])
+                site.fixed["moving"].fill_(1.0)
 
 
 register("delta_lora", "expansion", __doc__, DeltaLoRA(), schedule=StartMoving())

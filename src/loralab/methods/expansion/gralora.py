@@ -1,7 +1,6 @@
-"""GraLoRA, arXiv 2505.20355, section 3: dW = s [B_ij A_ij], a k x k grid of pairs of rank r / k.
+"""GraLoRA: block (i, j) of a k x k grid maps part j of the inputs to part i of the outputs.
 
-Block (i, j) maps the j-th part of the inputs to the i-th part of the outputs. The A of one input
-part are stored side by side, so that k thick products replace k² thin ones.
+The A of one input part lie side by side, so that k thick products replace k² thin ones.
 
 :summary: A k x k grid of small pairs instead of one pair: higher rank at LoRA's count
 :equation: dW = s [B_ij A_ij], i, j = 1..k, each pair of rank r / k
@@ -21,9 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, CountOrZero
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
+from loralab.methods.expansion.melora import check_parts
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
@@ -38,40 +38,23 @@ class GraLoRA(Form):
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
 
-    k: int = 2
-    hybrid_rank: int = 0
-
-    def __post_init__(self) -> None:
-        if self.k < 1 or self.hybrid_rank < 0:
-            raise UserError(
-                f"GraLoRA needs k >= 1 and hybrid_rank >= 0, not {self.k} and {self.hybrid_rank}"
-            )
+    k: Count = 2
+    hybrid_rank: CountOrZero = 0
 
     @property
     def rank_multiple(self) -> int:
         return self.k if self.hybrid_rank % self.k == 0 else 1
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [k, in/k, g] and B [k, g, out/k] with g = r - hybrid_rank (PEFT's layout).
-
-        Raises:
-            UserError: inputs, outputs or g are not multiples of k.
-        """
-        k, g = self.k, site.rank - self.hybrid_rank
-        sizes = {"inputs": site.d_in, "outputs": site.d_out, "rank": g}
-        for what, size in sizes.items():
-            if size % k or size < k:
-                raise UserError(
-                    f"GraLoRA with k = {k} cannot adapt {site.name}: its {what} ({size}) cannot be "
-                    f"divided into {k} equal parts; choose another k or rank, or leave it out"
-                )
-        n = site.d_in // k
+        """Return A [k, in/k, g] and B [k, g, out/k] with g = r - hybrid_rank (PEFT's layout)."""
+        k, h = self.k, self.hybrid_rank
+        g, n = site.rank - h, site.d_in // k
+        check_parts(self, k, site, inputs=site.d_in, outputs=site.d_out, rank=g)
         t = {
             "A": uniform(evidence, "A", k, n, g, bound=n**-0.5),
             "B": evidence.weight.new_zeros(k, g, site.d_out // k),
         }
-        if self.hybrid_rank:
-            h = self.hybrid_rank
+        if h:
             t["A_hybrid"] = uniform(evidence, "A_hybrid", h, site.d_in, bound=site.d_in**-0.5)
             t["B_hybrid"] = evidence.weight.new_zeros(site.d_out, h)
         return t

@@ -1,7 +1,7 @@
-"""HiRA, ICLR 2025 (openreview TwJrTz9cRS): dW = W0 ∘ (B A), so that W' = W0 ∘ (1 + B A).
+"""HiRA (openreview TwJrTz9cRS): W' = W0 ∘ (1 + B A), so that the rank of dW is up to rank(W0) r.
 
-The rank of dW is up to rank(W0) r. The authors' code has no factor beside B A, so alpha = r here
-gives s = 1; the survey arXiv 2601.22708 writes α / r.
+The authors' code has no factor beside B A, so alpha = r here gives s = 1; the survey
+arXiv 2601.22708 writes α / r.
 
 :summary: Scales every weight by 1 plus a low-rank product: high rank at LoRA's count
 :equation: dW = W ∘ s (B A)

@@ -1,7 +1,7 @@
-"""LoHa (FedPara), arXiv 2108.06098, section 2.1: dW = s (B1 A1) ∘ (B2 A2), of rank up to r².
+"""LoHa (FedPara): the element-wise product of two low-rank products has a rank up to r².
 
-The product has exact factors of inner size r²: column (p, q) of B is B1_p ∘ B2_q, row (p, q) of A
-is A1_p ∘ A2_q. While r² is small they cost less than a dense dW, and nothing W-sized is made.
+It has exact factors of inner size r²: column (p, q) of B is B1_p ∘ B2_q, row (p, q) of A is
+A1_p ∘ A2_q. While r² is small they cost less than a dense dW, and nothing W-sized is made.
 
 :summary: The element-wise product of two low-rank products: rank up to r² at twice LoRA's count
 :equation: dW = s (B1 A1) ∘ (B2 A2)

@@ -1,4 +1,4 @@
-"""LoKr, arXiv 2309.14859, eqs. 4 and 5: dW = γ [C ⊗ (B A)], γ = α / r; KronA is arXiv 2212.10650.
+"""LoKr: dW = γ [C ⊗ (B A)], γ = α / r; KronA is arXiv 2212.10650.
 
 C [u_p, u_q], B [v_p, r], A [r, v_q] for p outputs and q inputs, with u_p the largest divisor of p
 that is at most min(f, √p) and v_p = p / u_p. The low-rank block is optional in the paper; as in
@@ -17,12 +17,12 @@ the authors' code it is one full matrix D [v_p, v_q] from r >= max(v_p, v_q) / 2
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
@@ -40,14 +40,8 @@ class LoKr(Form):
 
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
 
-    factor: int | None = None
-    low_rank: str = "large"
-
-    def __post_init__(self) -> None:
-        if self.factor is not None and self.factor < 1:
-            raise UserError(f"factor of LoKr must be at least 1 or None, not {self.factor}")
-        if self.low_rank not in ("large", "small"):
-            raise UserError(f"low_rank of LoKr is 'large' or 'small', not {self.low_rank!r}")
+    factor: Count | None = None
+    low_rank: Literal["large", "small"] = "large"
 
     def split(self, size: int) -> tuple[int, int]:
         """Return (u, v) with u v = size and u the largest divisor up to min(f, √size)."""

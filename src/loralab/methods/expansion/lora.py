@@ -1,4 +1,4 @@
-"""LoRA, arXiv 2106.09685, section 4.1: h = W0 x + (α / r) B A x, with A random and B = 0.
+"""LoRA: h = W0 x + (α / r) B A x, with A random and B = 0.
 
 The paper draws A from a Gaussian; the authors' code (and PEFT) use Kaiming-uniform with a = √5,
 which is U(±1/√n) for n inputs. The code's draw is the one all later papers compare with.
@@ -16,12 +16,12 @@ which is U(±1/√n) for n inputs. The code's draw is the one all later papers c
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError, near_misses
+from loralab.bounds import NonNegative, OneOf, Positive
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
 
@@ -29,12 +29,19 @@ SCALES = {
     "alpha/r": lambda alpha, r: alpha / r,
     "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
 }
+Scaling = Annotated[str, OneOf(SCALES)]
 
 
 def uniform(evidence: Evidence, purpose: str, *shape: int, bound: float) -> Tensor:
     """Return U(±bound) in W's dtype; drawn in fp64, so that the dtype does not change the draw."""
     draw = torch.rand(*shape, generator=evidence.generator(purpose), dtype=torch.float64)
     return ((2 * draw - 1) * bound).to(evidence.weight)
+
+
+def normal(evidence: Evidence, purpose: str, *shape: int, std: float) -> Tensor:
+    """Return N(0, std²) in W's dtype, drawn in fp64."""
+    draw = torch.randn(*shape, generator=evidence.generator(purpose), dtype=torch.float64)
+    return (draw * std).to(evidence.weight)
 
 
 def plain_pair(site: Site, evidence: Evidence) -> Tensors:
@@ -45,49 +52,43 @@ def plain_pair(site: Site, evidence: Evidence) -> Tensors:
     }
 
 
-def scale_of(scaling: str, alpha: float, rank: int) -> float:
-    """Return s for one of the names in `SCALES`."""
-    return SCALES[scaling](alpha, rank)
-
-
-def check_scaling(scaling: str) -> None:
-    """Raise UserError unless `scaling` is one of `SCALES`."""
-    if scaling not in SCALES:
-        hint = near_misses(scaling, SCALES) or f"; one of {', '.join(SCALES)}"
-        raise UserError(f"unknown scaling {scaling!r}{hint}")
-
-
 @dataclass(frozen=True)
-class LoRA(Form):
-    """One pair A, B.
+class Pair(Form):
+    """What Forms made of one pair A, B have in common: dW = s B A, and the choice of s.
 
     Args:
-        scaling: how s follows from alpha and r: "alpha/r" or "alpha/sqrt(r)".
-        alpha_base: c in the default alpha c·r^alpha_power, used when the user gives no alpha.
-        alpha_power: see `alpha_base`; 1 with c = 1 gives s = 1 under "alpha/r".
+        scaling: how s follows from alpha and r.
     """
 
     pair: ClassVar[bool] = True
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
 
-    scaling: str = "alpha/r"
-    alpha_base: float = 1.0
-    alpha_power: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_scaling(self.scaling)
-
-    def default_alpha(self, rank: int) -> float:
-        return self.alpha_base * rank**self.alpha_power
+    scaling: Scaling = "alpha/r"
 
     def scale(self, alpha: float, rank: int) -> float:
-        return scale_of(self.scaling, alpha, rank)
+        return SCALES[self.scaling](alpha, rank)
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         return plain_pair(site, evidence)
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return t["B"], t["A"]
+
+
+@dataclass(frozen=True)
+class LoRA(Pair):
+    """One pair A, B.
+
+    Args:
+        alpha_base: c in the default alpha c·r^alpha_power, used when the user gives no alpha.
+        alpha_power: see `alpha_base`; 1 with c = 1 gives s = 1 under "alpha/r".
+    """
+
+    alpha_base: Positive = 1.0
+    alpha_power: NonNegative = 1.0
+
+    def default_alpha(self, rank: int) -> float:
+        return self.alpha_base * rank**self.alpha_power
 
 
 register("lora", "expansion", __doc__, LoRA())

@@ -1,5 +1,5 @@
-"""MELoRA, arXiv 2402.17263, section 3: dW = s diag(B_1 A_1, ..., B_n A_n), n mini pairs, each from
-its own n-th of the inputs to its own n-th of the outputs: rank n r with the parameters of rank r.
+"""MELoRA: mini pairs, each from its own n-th of the inputs to its own n-th of the outputs: rank n r
+with the parameters of rank r.
 
 :summary: Small pairs side by side on the diagonal: n times the rank at LoRA's count
 :equation: dW = s diag(B_1 A_1, ..., B_n A_n), each of rank r
@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
@@ -31,6 +32,16 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     """Return blocks [*, n, p, q] along the diagonal of a matrix [*, n p, n q]."""
     spread = torch.diag_embed(blocks.movedim(-3, -1))  # [*, p, q, n, n]
     return spread.movedim((-2, -1), (-4, -2)).flatten(-2).flatten(-3, -2)
+
+
+def check_parts(form: Form, k: int, site: Site, **sizes: int) -> None:
+    """Raise UserError unless all of the site's `sizes` are multiples of k."""
+    for what, size in sizes.items():
+        if size % k or size < k:
+            raise UserError(
+                f"{type(form).__name__} cannot adapt {site.name}: its {what} ({size}) cannot be "
+                f"cut into {k} equal parts; choose another number of them, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -44,25 +55,12 @@ class MELoRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     rank_axis: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
 
-    n_mini: int = 2
-
-    def __post_init__(self) -> None:
-        if self.n_mini < 1:
-            raise UserError(f"MELoRA needs at least one mini pair, not {self.n_mini}")
+    n_mini: Count = 2
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [n, r, in/n] and B [n, out/n, r] = 0.
-
-        Raises:
-            UserError: inputs or outputs are not multiples of n.
-        """
+        """Return A [n, r, in/n] and B [n, out/n, r] = 0."""
         k = self.n_mini
-        for what, size in {"inputs": site.d_in, "outputs": site.d_out}.items():
-            if size % k:
-                raise UserError(
-                    f"MELoRA with n_mini = {k} cannot adapt {site.name}: its {what} ({size}) "
-                    f"cannot be cut into {k} equal parts; choose another n_mini, or leave it out"
-                )
+        check_parts(self, k, site, inputs=site.d_in, outputs=site.d_out)
         n = site.d_in // k
         return {
             "A": uniform(evidence, "A", k, site.rank, n, bound=n**-0.5),

@@ -1,4 +1,4 @@
-"""MoRA, arXiv 2405.12130: h = W0 x + f_decomp(M f_comp(x)), M square with r̂ = ⌊√((in + out) r)⌋.
+"""MoRA: h = W0 x + f_decomp(M f_comp(x)), M square with r̂ = ⌊√((in + out) r)⌋.
 
 Neither function has parameters. "rotate" (eq. 9): x is cut into pieces of r̂, piece i is turned by
 the rotary angles of position i, M acts on each and the results stand side by side. "share"
@@ -19,14 +19,13 @@ beginning of x; outputs too few for the layer are repeated, too many are cut off
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,10 @@ class MoRA(Form):
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"M"})
-    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
+    layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
 
-    operator: str = "rotate"
+    operator: Literal["rotate", "share"] = "rotate"
     nearest: bool = False
-
-    def __post_init__(self) -> None:
-        if self.operator not in ("rotate", "share"):
-            raise UserError(f"operator of MoRA is 'rotate' or 'share', not {self.operator!r}")
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return 1: MoRA has no alpha."""
@@ -60,8 +55,7 @@ class MoRA(Form):
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return M [r̂, r̂] = 0."""
-        side = self.side(site)
-        return {"M": evidence.weight.new_zeros(side, side)}
+        return {"M": evidence.weight.new_zeros(self.side(site), self.side(site))}
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         M, side = t["M"], t["M"].shape[-1]
@@ -72,8 +66,7 @@ class MoRA(Form):
         if self.operator == "share":
             y = pieces.sum(-2) @ M.mT
         else:
-            turned = _rotary(pieces)
-            y = (turned.flatten(-3, -2) @ M.mT).unflatten(-2, (-1, n)).flatten(-2)
+            y = (_rotary(pieces).flatten(-3, -2) @ M.mT).unflatten(-2, (-1, n)).flatten(-2)
         if y.shape[-1] < site.d_out:
             y = torch.cat([y] * -(-site.d_out // y.shape[-1]), -1)
         return y[..., : site.d_out]

@@ -2,14 +2,23 @@
 
 The experts lie side by side: expert i has rows i r to (i + 1) r of A [N r, in] and these columns of
 B [out, N r]. So all experts of all tokens are two plain products, without a loop and a gather.
+
+Gates are in fp32 (fp64 for an fp64 base) until `weighted`, so that a model in half precision
+chooses the experts that it would choose in fp32.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count, NonNegative
+from loralab.core.again import RunAgain
+from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import LAYERS, Evidence, Site, Tensors
+from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 # Not on an Embedding, whose inputs are one-hot: a router would be a second table of its size.
 ROUTED_LAYERS = LAYERS - {"Embedding"}
@@ -28,9 +37,17 @@ def expert_tensors(site: Site, evidence: Evidence, n_experts: int) -> Tensors:
     }
 
 
+def logits(W_g: Tensor, x: Tensor) -> Tensor:
+    """Return W_g x, [*, n, N], in fp32 or fp64."""
+    if wide(x) is x:
+        return x @ W_g.mT
+    # Run again in backward, which would keep a copy of x in fp32 otherwise.
+    return RunAgain.apply(lambda values: wide(values[0]) @ wide(values[1]).mT, x, W_g)
+
+
 def router(t: Tensors, x: Tensor) -> Tensor:
-    """Return softmax(W_g x), [*, n, N]."""
-    return (x @ t["W_g"].mT).softmax(-1)
+    """Return p = softmax(W_g x), [*, n, N], in fp32 or fp64."""
+    return logits(t["W_g"], x).softmax(-1)
 
 
 def chosen(p: Tensor, k: int) -> Tensor:
@@ -50,10 +67,16 @@ def mix(omega: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return weighted(omega, x @ A.mT) @ B.mT
 
 
+def mix_rows(omega: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return `mix` for x [*, rows, tokens, in] and ω [*, rows, tokens, N]."""
+    y = mix(omega.flatten(-3, -2), x.flatten(-3, -2), A, B)
+    return y.unflatten(-2, x.shape[-3:-1])
+
+
 def weighted(omega: Tensor, h: Tensor) -> Tensor:
-    """Return every expert's own part of h [*, n, N r] times its weight."""
+    """Return every expert's own part of h [*, n, N r] times its weight, in h's dtype."""
     parts = h.unflatten(-1, (omega.shape[-1], -1))
-    return (parts * omega.unsqueeze(-1)).flatten(-2)
+    return (parts * omega.to(h.dtype).unsqueeze(-1)).flatten(-2)
 
 
 def token_mean(values: Tensor, t: Tensors) -> Tensor:
@@ -74,16 +97,45 @@ def balance(p: Tensor, selected: Tensor, t: Tensors) -> Tensor:
     return p.shape[-1] * (f * P).sum(-1)
 
 
-def check_experts(method: str, n_experts: int, k: int | None = None) -> None:
-    """Raise UserError unless there are experts, and as many as shall be chosen."""
-    if not isinstance(n_experts, int) or n_experts < 1:
-        raise UserError(f"n_experts of {method} counts experts from 1 on, so it is not {n_experts}")
-    if k is not None and (not isinstance(k, int) or not 1 <= k <= n_experts):
+def check_experts(method: str, n_experts: int, k: int) -> None:
+    """Raise UserError if more experts shall be chosen than there are."""
+    if k > n_experts:
         raise UserError(f"top_k of {method} is from 1 to its {n_experts} experts, not {k}")
 
 
-def check_weights(method: str, **weights: float) -> None:
-    """Raise UserError unless every weight of a loss is at least 0."""
-    for name, value in weights.items():
-        if not value >= 0:
-            raise UserError(f"{name} of {method} weighs a loss, so it is at least 0, not {value}")
+class Routed(Form):
+    """Base of Forms whose experts A, B lie side by side under a router W_g."""
+
+    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
+    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
+    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
+
+
+@dataclass(frozen=True)
+class TopK(Routed):
+    """y = Σ ω_i(x) B_i A_i x, ω the top k of softmax(W_g x) divided by their sum.
+
+    Args:
+        n_experts: N.
+        top_k: k, the experts of a token.
+        balance: weight of the balance loss N Σ f_i P_i.
+    """
+
+    n_experts: Count = 8
+    top_k: Count = 2
+    balance: NonNegative = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(type(self).__name__, self.n_experts, self.top_k)
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in]."""
+        return expert_tensors(site, evidence, self.n_experts)
+
+    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
+        return mix(top_k(router(t, x), self.top_k), x, t["A"], t["B"])
+
+    def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
+        p = router(t, x)
+        return self.balance * balance(p, chosen(p, self.top_k), t)

@@ -22,69 +22,45 @@ is exact, and the paper's residual is an option.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import NonNegative, Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
-    balance,
-    check_experts,
-    check_weights,
-    chosen,
-    mix,
-    router,
-    top_k,
-)
-from loralab.methods.initialization.pissa import split_triplets
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.experts._routing import TopK, mix, router, top_k
+from loralab.methods.initialization._svd import split_triplets
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class GOAT(Form):
+class GOAT(TopK):
     """Experts from disjoint slices of the singular value decomposition.
 
     Args:
         n_experts: E; the rank asked for is all experts' together, r / E for each, at least 1.
-        top_k: experts of a token.
+        top_k, balance: k, and the weight of the balance loss E Σ f_i P_i.
         eta: η, the learning rate of full fine-tuning over that of LoRA.
         rho: ρ, by which the slices start smaller than they are in W.
         residual: "exact" or the paper's "mean", with which step 0 is not quite the base.
-        balance: weight of the balance loss E Σ f_i P_i.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
     frozen: ClassVar[frozenset[str]] = frozenset({"A0", "B0", "W_g0"})
-    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
 
-    n_experts: int = 8
-    top_k: int = 2
-    eta: float = 1.0
-    rho: float = 10.0
-    residual: str = "exact"
-    balance: float = 0.001
-
-    def __post_init__(self) -> None:
-        check_experts("GOAT", self.n_experts, self.top_k)
-        check_weights("GOAT", balance=self.balance)
-        for name in ("eta", "rho"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} of GOAT must be positive, not {getattr(self, name)}")
-        if self.residual not in ("exact", "mean"):
-            raise UserError(f"residual of GOAT is 'exact' or 'mean', not {self.residual!r}")
-
-    def derived(self, site: Site) -> float:
-        """Return √(3 η n / d); alpha / r, which is 1 by default, comes on top."""
-        return math.sqrt(3 * self.eta * site.d_in / self.width(site))
+    balance: NonNegative = 0.001
+    eta: Positive = 1.0
+    rho: Positive = 10.0
+    residual: Literal["exact", "mean"] = "exact"
 
     def width(self, site: Site) -> int:
         """Return d, each expert's rank."""
         return max(1, site.rank // self.n_experts)
+
+    def derived(self, site: Site) -> float:
+        """Return √(3 η n / d); alpha / r, which is 1 by default, comes on top."""
+        return math.sqrt(3 * self.eta * site.d_in / self.width(site))
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [E d, in] and B [out, E d] from W, W_g [E, in], and their frozen copies."""
@@ -99,17 +75,13 @@ class GOAT(Form):
         return t | {f"{name}0": t[name].clone() for name in kept}
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        now = mix(top_k(router(t, x), self.top_k), x, t["A"], t["B"])
+        now = super().branch(t, x, site)
         if self.residual == "exact":
             omega = top_k(router({"W_g": t["W_g0"]}, x), self.top_k)
             first = mix(omega, x, t["A0"], t["B0"])
         else:
             first = (x @ t["A0"].mT) @ t["B0"].mT / self.n_experts
         return self.derived(site) * (now - first)
-
-    def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        p = router(t, x)
-        return self.balance * balance(p, chosen(p, self.top_k), t)
 
 
 register("goat", "experts", __doc__, GOAT())

@@ -1,6 +1,6 @@
 """HydraLoRA, arXiv 2404.19245, eqs. 2 to 4: y = W0 x + s Σ_i ω_i(x) B_i A x, ω = softmax(W_g x).
 
-One A for what the data have in common, N heads B_i for what differs, mixed per token.
+One A is for what the data have in common, N heads B_i are for what differs.
 
 :summary: One A and several B, mixed for every token by a trained router
 :equation: y = W x + s sum_i omega_i B_i A x, omega = softmax(W_g x)
@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.methods.experts._routing import ROUTED_LAYERS, router
@@ -36,11 +36,7 @@ class HydraLoRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
     layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
 
-    n_heads: int = 3
-
-    def __post_init__(self) -> None:
-        if self.n_heads < 1:
-            raise UserError(f"HydraLoRA needs at least one head, not {self.n_heads}")
+    n_heads: Count = 3
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in], B [N, out, r] = 0 and the router W_g [N, in]."""
@@ -52,7 +48,7 @@ class HydraLoRA(Form):
         }
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        omega, h = router(t, x), x @ t["A"].mT
+        omega, h = router(t, x).to(x.dtype), x @ t["A"].mT
         # Σ_i ω_i B_i h as one product: ω ⊗ h [*, n, N r] against all heads side by side.
         mixed = (omega.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)
         return mixed @ t["B"].mT.flatten(-3, -2)

@@ -14,9 +14,9 @@ of sample m, and I_nm = 1 + δ if expert n and sample m are of one type and 1 - 
 :authors: Shihan Dou, Enyu Zhou, Yan Liu, Songyang Gao, Jun Zhao, Wei Shen, Yuhao Zhou, Zhiheng Xi,
     Xiao Wang, Xiaoran Fan, Shiliang Pu, Jiang Zhu, Rui Zheng, Tao Gui, Qi Zhang, Xuanjing Huang
 :source: arXiv 2312.09979, 2023: section 3, localized balancing constraint
-:verified: authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py); the survey arXiv 2601.22708 for
-    the constraint; the paper's own text was not to be had, so the number of experts and the loss's
-    weights are unconfirmed
+:verified: authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py and run_loramoe.sh); the survey
+    arXiv 2601.22708 and CITI, which restates it, for the constraint; six experts as in MoE-PEFT's
+    template; the paper's own text was not to be had, so the loss's weights are unconfirmed
 """
 
 from dataclasses import dataclass
@@ -25,23 +25,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.core.layers import wide
+from loralab.bounds import Count, NonNegative, Share
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
-    check_experts,
-    check_weights,
-    expert_tensors,
-    mix,
-    router,
-    top_k,
-)
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.experts import _routing as routing
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class LoRAMoE(Form):
+class LoRAMoE(routing.Routed):
     """Experts under a dense softmax router, in groups for types of data.
 
     Args:
@@ -50,47 +42,41 @@ class LoRAMoE(Form):
         top_k: keep this many experts of a token (LoRAFactory's generic router); None keeps all, as
             in the paper.
         balance: β; 0 leaves the constraint out.
-        imbalance: δ in [0, 1], how unequal the groups shall be.
-        squared_mean: divide σ² by μ² as the authors' code does, not by μ as the paper does.
+        imbalance: δ, how unequal the groups shall be.
+        squared_mean: divide σ² by μ² as the authors' code does, not by μ as the paper does; the
+            code's σ² has n - 1 below, ours n.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
     reads: ClassVar[frozenset[str]] = frozenset({"domain", "valid"})
     by_sequence: ClassVar[bool] = True
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
 
-    n_experts: int = 6
-    n_types: int = 2
-    top_k: int | None = None
-    balance: float = 0.1
-    imbalance: float = 0.1
+    n_experts: Count = 6
+    n_types: Count = 2
+    top_k: Count | None = None
+    balance: NonNegative = 0.1
+    imbalance: Share = 0.1
     squared_mean: bool = False
 
     def __post_init__(self) -> None:
-        check_experts("LoRAMoE", self.n_experts, self.top_k)
-        check_weights("LoRAMoE", balance=self.balance)
-        if not 1 <= self.n_types <= self.n_experts:
+        super().__post_init__()
+        routing.check_experts("LoRAMoE", self.n_experts, self.top_k or 1)
+        if self.n_types > self.n_experts:
             raise UserError(f"n_types of LoRAMoE is from 1 to n_experts, not {self.n_types}")
-        if not 0 <= self.imbalance <= 1:
-            raise UserError(f"imbalance of LoRAMoE is in [0, 1], not {self.imbalance}")
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [N r, in], B [out, N r] = 0 and W_g [N, in]."""
-        return expert_tensors(site, evidence, self.n_experts)
+        return routing.expert_tensors(site, evidence, self.n_experts)
 
     def weights(self, t: Tensors, x: Tensor) -> Tensor:
-        """Return ω [*, n, N]."""
-        p = router(t, x)
-        return p if self.top_k is None else top_k(p, self.top_k)
+        """Return ω [*, rows, tokens, N]."""
+        p = routing.router(t, x.flatten(-3, -2)).unflatten(-2, x.shape[-3:-1])
+        return p if self.top_k is None else routing.top_k(p, self.top_k)
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        flat = x.flatten(-3, -2)
-        y = mix(self.weights(t, flat), flat, t["A"], t["B"])
-        return y.unflatten(-2, x.shape[-3:-1])
+        return routing.mix_rows(self.weights(t, x), x, t["A"], t["B"])
 
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        # In fp32: half precision rounds sums over tokens by more than they differ.
-        omega = wide(self.weights(t, x.flatten(-3, -2))).unflatten(-2, x.shape[-3:-1])
+        omega = self.weights(t, x)
         if "valid" in t:
             omega = omega * t["valid"].to(omega.dtype).unsqueeze(-1)
         Z = omega.sum(-2)  # Q, [*, rows, N]

@@ -23,33 +23,22 @@ before it multiplies them; here the blocks' losses are averaged.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from loralab.bounds import Count, NonNegative, Positive
+from loralab.bounds import Positive
 from loralab.methods import register
-from loralab.methods.expansion.lora import plain_pair
-from loralab.methods.experts._routing import (
-    balance,
-    check_experts,
-    chosen,
-    expert_tensors,
-    mix,
-    router,
-    top_k,
-)
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.expansion.lora import normal, plain_pair
+from loralab.methods.experts._routing import TopK, expert_tensors, mix, router, top_k
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class MixLoRA(Form):
+class MixLoRA(TopK):
     """N pairs and a router per feed-forward block; one pair in attention.
 
     Args:
-        n_experts: N.
-        top_k: experts of a token.
-        balance: a, the weight of the balance loss.
+        n_experts, top_k, balance: N, the experts of a token, and a.
         router_std: the router starts from N(0, router_std²).
     """
 
@@ -57,14 +46,7 @@ class MixLoRA(Form):
     reads: ClassVar[frozenset[str]] = frozenset({"valid", "expert"})
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D"})
 
-    n_experts: Count = 8
-    top_k: Count = 2
-    balance: NonNegative = 0.01
     router_std: Positive = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_experts("MixLoRA", self.n_experts, self.top_k)
 
     def routes(self, site: Site) -> bool:
         name = site.name.lower()
@@ -75,9 +57,10 @@ class MixLoRA(Form):
         if not self.routes(site):
             return plain_pair(site, evidence)
         t = expert_tensors(site, evidence, self.n_experts)
-        draw = torch.randn(t["W_g"].shape, generator=evidence.generator("W_g"), dtype=torch.float64)
-        W_g = {"W_g": (draw * self.router_std).to(evidence.weight)} if site.leads else {}
-        return {"A": t["A"], "B": t["B"]} | W_g
+        shape = t.pop("W_g").shape
+        if not site.leads:
+            return t
+        return t | {"W_g": normal(evidence, "W_g", *shape, std=self.router_std)}
 
     def route(self, t: Tensors, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         w = top_k(router(t, x), self.top_k)
@@ -86,18 +69,15 @@ class MixLoRA(Form):
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         if "expert" in t:
-            w = one_hot(t["expert"], self.n_experts).to(x.dtype)
-        elif "W_g" in t:  # a block of one layer
-            w = top_k(router(t, x), self.top_k)
-        else:
-            return (x @ t["A"].mT) @ t["B"].mT
-        return mix(w, x, t["A"], t["B"])
+            return mix(one_hot(t["expert"], self.n_experts), x, t["A"], t["B"])
+        if "W_g" in t:  # a block of one layer
+            return super().branch(t, x, site)
+        return (x @ t["A"].mT) @ t["B"].mT
 
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         if "W_g" not in t:
             return t["A"].new_zeros(t["A"].shape[:-2])
-        p = router(t, x)
-        return self.balance / site.n_layers * balance(p, chosen(p, self.top_k), t)
+        return super().aux_loss(t, x, site) / site.n_layers
 
 
 register("mixlora", "experts", __doc__, MixLoRA())

@@ -3,7 +3,7 @@ a router that learns the domain d of a sequence: loss + η CE(W_r x̄, d), x̄ t
 
 The paper first trains every expert on its own domain and then all with the router. Given domains
 d, an expert sees just its own rows here too. Without, the router's softmax mixes the experts.
-The text was not to be had: x̄ and η are our reading of its abstract.
+x̄ and η are our reading.
 
 :summary: One LoRA expert per domain and a router that learns to tell the domains apart
 :equation: y = W x + s B_d A_d x; loss + eta CE(W_r mean(x), d)
@@ -25,20 +25,14 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from loralab.bounds import Count, NonNegative
 from loralab.methods import register
-from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
-    check_experts,
-    check_weights,
-    chosen,
-    expert_tensors,
-    mix,
-)
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.experts import _routing as routing
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class MoA(Form):
+class MoA(routing.Routed):
     """One expert per domain and a router over sequences.
 
     Args:
@@ -48,47 +42,35 @@ class MoA(Form):
         router_weight: η.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
     reads: ClassVar[frozenset[str]] = frozenset({"domain", "valid"})
     by_sequence: ClassVar[bool] = True
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
 
-    n_experts: int = 8
+    n_experts: Count = 8
     hard: bool = False
-    router_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_experts("MoA", self.n_experts)
-        check_weights("MoA", router_weight=self.router_weight)
+    router_weight: NonNegative = 0.1
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in]."""
-        return expert_tensors(site, evidence, self.n_experts)
+        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in], which is W_r."""
+        return routing.expert_tensors(site, evidence, self.n_experts)
 
     def logits(self, t: Tensors, x: Tensor) -> Tensor:
         """Return W_r x̄ for every row, [*, rows, N]."""
-        if "valid" in t:
-            v = t["valid"].to(x.dtype).unsqueeze(-1)
-            mean = (x * v).sum(-2) / v.sum(-2).clamp_min(1)
-        else:
-            mean = x.mean(-2)
-        return mean @ t["W_g"].mT
-
-    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        omega = self.logits(t, x).softmax(-1)
-        if self.hard:
-            omega = chosen(omega, 1)
-        if "domain" in t:
-            known, one_hot = self.labels(t)
-            omega = one_hot.to(omega.dtype).where(known.unsqueeze(-1), omega)
-        omega = omega.unsqueeze(-2).expand(*x.shape[:-1], -1)
-        flat = x.flatten(-3, -2)
-        return mix(omega.flatten(-3, -2), flat, t["A"], t["B"]).unflatten(-2, x.shape[-3:-1])
+        return routing.logits(t["W_g"], routing.token_mean(x, t))
 
     def labels(self, t: Tensors) -> tuple[Tensor, Tensor]:
         """Return which rows have a domain (at least 0) and the domains one-hot, [*, rows, N]."""
         domain = t["domain"].long()
         return domain >= 0, F.one_hot(domain.clamp_min(0), self.n_experts)
+
+    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
+        omega = self.logits(t, x).softmax(-1)
+        if self.hard:
+            omega = routing.chosen(omega, 1)
+        if "domain" in t:
+            known, one_hot = self.labels(t)
+            omega = one_hot.to(omega.dtype).where(known.unsqueeze(-1), omega)
+        omega = omega.unsqueeze(-2).expand(*x.shape[:-1], -1)
+        return routing.mix_rows(omega, x, t["A"], t["B"])
 
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         log_p = self.logits(t, x).log_softmax(-1)

@@ -1,10 +1,10 @@
 """MoELoRA, arXiv 2402.12851: y = W0 x + s Σ_{i ∈ top-k} G_i(x) E_i(x), E_i = B_i A_i, G from
-softmax(W_g x), with a balance loss and an expert contrastive loss
-L_c = -log exp(q·k⁺/τ) / Σ_k exp(q·k/τ): outputs of one expert are alike, of two experts are not.
+softmax(W_g x), with a balance loss and an expert contrastive loss L_c: outputs of one expert are
+alike, of two experts are not.
 
-The paper's text was not to be had: the losses are our reading of its abstract and of the survey
-arXiv 2601.22708. Here q = E_i(x_t) for every chosen expert of every token, and the keys are all
-experts' outputs on the next token of the batch, E_i's being k⁺. So the cost is linear in tokens.
+The losses are our reading. Here q = E_i(x_t) for every chosen expert of every token, and the keys
+are all experts' outputs on the next token of the batch, E_i's being k⁺. So the cost is linear in
+tokens.
 
 :summary: Top-k LoRA experts that a contrastive loss keeps from learning the same
 :equation: L_c = -log exp(q.k+ / tau) / sum_k exp(q.k / tau), q, k outputs of experts
@@ -25,57 +25,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import NonNegative, Positive
 from loralab.methods import register
-from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
-    balance,
-    check_experts,
-    check_weights,
-    chosen,
-    expert_tensors,
-    mix,
-    router,
-    top_k,
-)
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.experts._routing import TopK, balance, chosen, router
+from loralab.recipe import Site, Tensors
 
 
 @dataclass(frozen=True)
-class MoELoRA(Form):
+class MoELoRA(TopK):
     """Top-k experts that a contrastive loss keeps distinct.
 
     Args:
-        n_experts: N.
-        top_k: experts of a token.
-        balance: weight of the balance loss N Σ f_i P_i.
+        n_experts, top_k, balance: N, k and the weight of the balance loss N Σ f_i P_i.
         contrast: weight of the contrastive loss.
         temperature: its τ.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
-    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
     recomputed: ClassVar[frozenset[str]] = frozenset({"aux_loss"})  # all pairs
 
-    n_experts: int = 8
-    top_k: int = 2
-    balance: float = 0.01
-    contrast: float = 0.01
-    temperature: float = 0.07
-
-    def __post_init__(self) -> None:
-        check_experts("MoELoRA", self.n_experts, self.top_k)
-        check_weights("MoELoRA", balance=self.balance, contrast=self.contrast)
-        if not self.temperature > 0:
-            raise UserError(f"temperature of MoELoRA must be positive, not {self.temperature}")
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in]."""
-        return expert_tensors(site, evidence, self.n_experts)
-
-    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        return mix(top_k(router(t, x), self.top_k), x, t["A"], t["B"])
+    contrast: NonNegative = 0.01
+    temperature: Positive = 0.07
 
     def contrastive(self, t: Tensors, x: Tensor, selected: Tensor) -> Tensor:
         """Return L_c per slot, the mean over all queries."""

@@ -1,7 +1,9 @@
-"""MoLA, arXiv 2402.08562: a mixture of N_l LoRA experts where N_l differs by layer; the best has
-more experts in higher layers, MoLA-▽ (2468).
+"""MoLA, arXiv 2402.08562, eqs. 3 and 4: a mixture of N_l LoRA experts where N_l differs by layer.
 
 In layer l: y = W0 x + s Σ_i ω_i(x) B_i A_i x, ω the top K of softmax(W_g x), divided by their sum.
+Most experts in higher layers, MoLA-▽ (2468), is best for LLaMA-2 and Gemma in the published text,
+and in the middle and higher ones, 2882, for Mistral. The balance loss is per adapted matrix; the
+authors' code takes one per layer over all its matrices, and only if it is asked for.
 
 :summary: Mixtures of LoRA experts with more experts in higher layers
 :equation: y = W x + s sum_(i in top K) w_i B_i A_i x, with N_l experts in layer l
@@ -12,79 +14,71 @@ In layer l: y = W0 x + s Σ_i ω_i(x) B_i A_i x, ω the top K of softmax(W_g x),
 :title: Higher Layers Need More LoRA Experts
 :authors: Chongyang Gao, Kezhen Chen, Jinmeng Rao, Baochen Sun, Ruibo Liu, Daiyi Peng, Yawen Zhang,
     Xiaoyuan Guo, Jie Yang, VS Subrahmanian
-:source: arXiv 2402.08562, 2024: section 3, MoLA-▽ (2468)
-:verified: authors' settings (GCYZSL/MoLA) and TUDB-Labs/MoE-PEFT's adapters/mola; the text was not
-    to be had
+:source: arXiv 2402.08562, 2024: eqs. 3 and 4, MoLA-▽ (2468)
+:verified: the published text (MoLA: MoE LoRA with Layer-wise Expert Allocation, Findings of NAACL
+    2025, section 4, eqs. 3 and 4, and 5.4) and the authors' code (GCYZSL/MoLA, src/), except that
+    the balance loss is per matrix and not per layer
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
+from loralab.bounds import Count, NonNegative
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
-    balance,
-    check_experts,
-    check_weights,
-    chosen,
-    expert_tensors,
-    mix,
-    router,
-    top_k,
-)
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.experts import _routing as routing
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class MoLA(Form):
+class MoLA(routing.Routed):
     """Experts whose number depends on depth.
 
     Args:
         experts: how many, from the lowest layers to the highest, for as many equal stretches of
-            the layers; the paper's other shapes are "8,6,4,2", "8,2,2,8" and "5,5,5,5".
-        top_k: experts of a token, at most those that its layer has.
-        balance: weight of the balance loss N Σ f_i P_i.
+            the layers; the paper's other shapes are "8,6,4,2", "8,2,2,8", "2,8,8,2" and "5,5,5,5".
+        top_k: K, at most the experts that the layer has.
+        balance: weight of the balance loss N Σ f_i P_i with f_i the share of all picks; the text
+            names none, this is the authors' code's.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
-    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
-
     experts: str = "2,4,6,8"
-    top_k: int = 2
-    # The weight is that of MoE-PEFT's configuration; the paper's was not to be had.
-    balance: float = 0.001
+    top_k: Count = 2
+    balance: NonNegative = 0.001
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         words = self.experts.split(",")
-        if not all(word.strip().isdecimal() for word in words):
+        if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
             raise UserError(
-                f"experts of MoLA are numbers with commas between, such as '2,4,6,8', not "
+                "experts of MoLA are numbers from 1 on with commas between, such as '2,4,6,8', not "
                 f"{self.experts!r}"
             )
-        for word in words:
-            check_experts("MoLA", int(word))
-        check_experts("MoLA", max(map(int, words)), self.top_k)
-        check_weights("MoLA", balance=self.balance)
+        routing.check_experts("MoLA", max(self.numbers), self.top_k)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers in `experts`."""
+        return [int(word) for word in self.experts.split(",")]
 
     def n_experts(self, site: Site) -> int:
         """Return N_l of the site's layer."""
-        numbers = [int(word) for word in self.experts.split(",")]
-        return numbers[min(site.layer * len(numbers) // site.n_layers, len(numbers) - 1)]
+        stretch = site.layer * len(self.numbers) // site.n_layers
+        return self.numbers[min(stretch, len(self.numbers) - 1)]
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [N_l r, in], B [out, N_l r] = 0 and W_g [N_l, in]."""
-        return expert_tensors(site, evidence, self.n_experts(site))
+        return routing.expert_tensors(site, evidence, self.n_experts(site))
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        return mix(top_k(router(t, x), self.top_k), x, t["A"], t["B"])
+        omega = routing.top_k(routing.router(t, x), self.top_k)
+        return routing.mix(omega, x, t["A"], t["B"])
 
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        p = router(t, x)
-        return self.balance * balance(p, chosen(p, self.top_k), t)
+        p = routing.router(t, x)
+        picks = min(self.top_k, self.n_experts(site))  # of each token, so that Σ_i f_i = 1
+        return self.balance * routing.balance(p, routing.chosen(p, self.top_k), t) / picks
 
 
 register("mola", "experts", __doc__, MoLA())

@@ -1,8 +1,8 @@
 """MultiLoRA, arXiv 2311.11501: y = W0 x + s Σ_i scaling_i B_i A_i x, with n parallel pairs.
 
 A and B both start Kaiming-uniform and the learned scaling at 0, so that no pair is tied to
-another's directions. The text was not to be had: whether the scaling is one number per module or
-one per output is an option.
+another's directions. Whether the scaling is one number per module or one per output is an option;
+the only code found, a baseline of MTL-LoRA's authors, has one per output.
 
 :summary: Several parallel pairs whose learned scales start at 0 instead of B
 :equation: dW = s sum_i scaling_i B_i A_i, A, B Kaiming-uniform, scaling_i = 0
@@ -12,15 +12,16 @@ one per output is an option.
 :title: MultiLoRA: Democratizing LoRA for Better Multi-Task Learning
 :authors: Yiming Wang, Yu Lin, Xiaodong Zeng, Guannan Zhang
 :source: arXiv 2311.11501, 2023: parallel modules with scaling_i
-:verified: our reading of the abstract and of summaries; the text was not to be had
+:verified: our reading of the abstract and of summaries, and pUmpKin-Co/MTL-LoRA's
+    src/adapter/multilora.py, which has one scale per output; the text was not to be had
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.recipe import Evidence, Form, Site, Tensors
@@ -37,14 +38,8 @@ class MultiLoRA(Form):
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "scaling"})
 
-    n_modules: int = 3
-    scaling: str = "module"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.n_modules, int) or self.n_modules < 1:
-            raise UserError(f"n_modules of MultiLoRA counts from 1 on, so not {self.n_modules}")
-        if self.scaling not in ("module", "output"):
-            raise UserError(f"scaling of MultiLoRA is 'module' or 'output', not {self.scaling!r}")
+    n_modules: Count = 3
+    scaling: Literal["module", "output"] = "module"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [n r, in], B [out, n r] and scaling = 0, [1 or out, n].

@@ -2,8 +2,8 @@
 (arXiv 2006.16668): an expert takes at most C tokens, and those that come later go without it.
 
 G = Dropout(softmax(W_g x)), dropping experts at random in training, and the auxiliary loss is
-mean_e (c_e / S) m_e with c_e of S tokens routed to expert e and m_e the mean of G_e. Only the
-abstract was to be had: the numbers and the order of the steps are our reading of it and of GShard.
+mean_e (c_e / S) m_e with c_e of S tokens routed to expert e and m_e the mean of G_e. The numbers
+and the order of the steps are our reading.
 
 :summary: Sparse LoRA experts with limited places and expert dropout
 :equation: y = W x + s sum_(e in top K) G_e B_e A_e x, G = dropout(softmax(W_g x))
@@ -19,60 +19,31 @@ abstract was to be had: the numbers and the order of the steps are our reading o
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, Decay, Positive
 from loralab.methods import register
-from loralab.methods.experts._routing import (
-    ROUTED_LAYERS,
-    check_experts,
-    check_weights,
-    chosen,
-    expert_tensors,
-    mix,
-    router,
-    token_mean,
-)
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.experts._routing import TopK, chosen, mix, router, token_mean
+from loralab.recipe import Site, Tensors
 
 
 @dataclass(frozen=True)
-class SiRA(Form):
+class SiRA(TopK):
     """Top-K experts with limited places, some dropped at random.
 
     Args:
-        n_experts: E.
-        top_k: K.
+        n_experts, top_k, balance: E, K and the weight of the auxiliary loss.
         capacity: C as a multiple of K S / E, the tokens of an expert under even routing; the
             limit holds in training, where it keeps popular experts from taking all.
         expert_dropout: probability with which a token does not see an expert, in training.
-        balance: weight of the auxiliary loss.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
-    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
-
-    n_experts: int = 16
-    top_k: int = 4
-    capacity: float = 1.25
-    expert_dropout: float = 0.1
-    balance: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_experts("SiRA", self.n_experts, self.top_k)
-        check_weights("SiRA", balance=self.balance)
-        if not self.capacity > 0:
-            raise UserError(f"capacity of SiRA must be positive, not {self.capacity}")
-        if not 0 <= self.expert_dropout < 1:
-            raise UserError(f"expert_dropout of SiRA is in [0, 1), not {self.expert_dropout}")
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [E r, in], B [out, E r] = 0 and W_g [E, in]."""
-        return expert_tensors(site, evidence, self.n_experts)
+    n_experts: Count = 16
+    top_k: Count = 4
+    capacity: Positive = 1.25
+    expert_dropout: Decay = 0.1
 
     def draw(self, site: Site, n: int, generator: Generator) -> Tensors:
         """Return `kept` [n, E]: 0 where dropout takes an expert from a token."""

@@ -7,7 +7,7 @@ is to stay). W keeps the rest: the start is anchored, the update is s (B A - B0 
 
 :summary: Starts from triplets of W weighed by the inputs' second moment
 :equation: W C = U S V^T, B0 = U sqrt(S/s), A0 = sqrt(S/s) V^T C^-1, top or bottom r
-:trap: kpm takes the smallest triplets, on data whose knowledge is to be kept.
+:trap: kpm wants other data than the task's: those whose knowledge is to be kept.
 :trap: The size of C moves weight between A and B but not their product; C is a mean over tokens
     here, a sum over each sample's tokens in PEFT.
 :trap: C⁻¹ needs the damping when there are fewer tokens than inputs.
@@ -20,15 +20,16 @@ is to stay). W keeps the rest: the start is anchored, the update is s (B A - B0 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from loralab.bounds import Positive
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting.eva import covariance_of
 from loralab.methods.expansion.lora import LoRA
-from loralab.methods.initialization.pissa import split_triplets
+from loralab.methods.initialization._svd import split_triplets
 from loralab.recipe import Evidence, Site, Start, Tensors
 
 
@@ -38,21 +39,15 @@ class CorDA(Start):
 
     Args:
         mode: "ipm" or "kpm".
-        damping: added to C's diagonal in units of its mean, positive, and doubled until C can be
-            inverted (authors' code).
+        damping: added to C's diagonal in units of its mean, and doubled until C can be inverted
+            (authors' code).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"covariance"})
     anchored = True
 
-    mode: str = "ipm"
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("ipm", "kpm"):
-            raise UserError(f"mode of CorDA is 'ipm' or 'kpm', not {self.mode!r}")
-        if not self.damping > 0:
-            raise UserError(f"damping of CorDA must be positive, not {self.damping!r}")
+    mode: Literal["ipm", "kpm"] = "ipm"
+    damping: Positive = 0.01
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         C, r = covariance_of(evidence, "CorDA"), site.rank

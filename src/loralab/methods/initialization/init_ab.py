@@ -12,12 +12,13 @@ study arXiv 2602.04998 subtracts s B0 A0, which is our default (`anchored`).
 :authors: Shiwei Li, Xiandi Luo, Xing Tang, Haozhao Wang, Hao Chen, Weihong Luo, Yuhua Li, Xiuqiang
     He, Ruixuan Li
 :source: arXiv 2505.23194, 2025: Init[AB]
-:verified: abstract; bounds from the surveys and the tuning study's code
+:verified: abstract; a public reading of the paper (papernotes, ICML 2025) for the law 1/n of both
+    variances; bounds from the surveys and the tuning study's code
 """
 
 from dataclasses import dataclass
 
-from loralab.errors import UserError
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA, uniform
 from loralab.recipe import Evidence, Site, Start, Tensors
@@ -28,17 +29,13 @@ class InitAB(Start):
     """Both factors random.
 
     Args:
-        gamma: half-width of both draws in units of 1/√n, n the layer's inputs; positive. 1 in the
-            tuning study; the survey arXiv 2601.22708 uses 16.
+        gamma: half-width of both draws in units of 1/√n, n the layer's inputs; 1 in the tuning
+            study, 16 in the survey arXiv 2601.22708.
         anchored: subtract s B0 A0, so that step 0 is the base; False is the paper.
     """
 
-    gamma: float = 1.0
+    gamma: Positive = 1.0
     anchored: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.gamma > 0:
-            raise UserError(f"gamma of Init[AB] must be positive, not {self.gamma!r}")
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         # Both bounds come from the inputs n, for B too (the study's code).

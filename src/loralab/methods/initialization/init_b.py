@@ -18,7 +18,7 @@ less than LoRA's Init[A], whose A has variance Θ(1/n) and B = 0.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loralab.errors import UserError
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA, uniform
 from loralab.recipe import Evidence, Site, Start, Tensors
@@ -34,11 +34,7 @@ class InitB(Start):
 
     trained: ClassVar[frozenset[str]] = frozenset({"A"})  # it is 0
 
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.gain > 0:
-            raise UserError(f"gain of Init[B] must be positive, not {self.gain!r}")
+    gain: Positive = 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         bound = self.gain * site.rank**-0.5

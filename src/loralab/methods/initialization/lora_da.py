@@ -4,7 +4,7 @@
 D estimates how far the target is from W, the first term the variance of learning it from N
 samples. J is the Fisher matrix in K-FAC's form: (J⁻¹)_i = (Y⁻¹)_ii Z⁻¹, with Z and Y the second
 moments of the layer's inputs and of its outputs' gradients. D is divided by its largest singular
-value and both factors by √γ, as in the authors' code (zqy0126/LoRA-DA).
+value and both factors by √γ, as in the authors' code.
 
 :summary: Starts along the natural gradient, where it stands out from sampling noise
 :equation: A0 = lowest eigenvectors of Omega = beta tr(Y^-1) Z^-1 / N - D D^T, B0 = A0^T D, D =
@@ -18,8 +18,8 @@ value and both factors by √γ, as in the authors' code (zqy0126/LoRA-DA).
 :title: LoRA-DA: Data-Aware Initialization for Low-Rank Adaptation via Asymptotic Analysis
 :authors: Qingyue Zhang, Chang Chu, Tianren Peng, Qi Li, Xiangyang Luo, Zhihao Jiang, Shao-Lun Huang
 :source: arXiv 2510.24561, 2025: algorithm 1
-:verified: authors' code (zqy0126/LoRA-DA, lora_da.py) and a public reading of the paper
-    (papernotes, ICML 2026)
+:verified: authors' code and configuration (zqy0126/LoRA-DA, lora_da.py and conf/lora_da.yaml) and
+    a public reading of the paper (papernotes, ICML 2026)
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import torch
 
+from loralab.bounds import Count, NonNegative, Positive
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting.eva import covariance_of
@@ -40,10 +41,10 @@ class LoRADA(Start):
     """Directions with much to learn and little noise.
 
     Args:
-        gamma: γ, positive; larger starts smaller. 1024 in the authors' configuration.
+        gamma: γ; larger starts smaller. 1024 in the authors' configuration.
         variance: β, the weight of the variance term; 1 in theory, 0.03 in their configuration.
         n_samples: N, how many samples the fine-tuning will see.
-        damping: added to the diagonals of Z and Y, positive.
+        damping: added to the diagonals of Z and Y.
         diagonal: take 1 / Y_ii for (Y⁻¹)_ii as the authors' code does; False is the paper.
         anchored: begin at the base; the paper's model begins at W + s B0 A0.
     """
@@ -51,21 +52,12 @@ class LoRADA(Start):
     needs: ClassVar[frozenset[str]] = frozenset({"gradient", "covariance", "gradient_covariance"})
     departs: ClassVar[bool] = True
 
-    gamma: float = 1024.0
-    variance: float = 0.03
-    n_samples: int = 100_000
-    damping: float = 1e-6
+    gamma: Positive = 1024.0
+    variance: NonNegative = 0.03
+    n_samples: Count = 100_000
+    damping: Positive = 1e-6
     diagonal: bool = False
     anchored: bool = False
-
-    def __post_init__(self) -> None:
-        if not (self.gamma > 0 and self.damping > 0 and self.n_samples > 0):
-            raise UserError(
-                "gamma, damping and n_samples of LoRA-DA must be positive, not "
-                f"{self.gamma}, {self.damping} and {self.n_samples}"
-            )
-        if not self.variance >= 0:
-            raise UserError(f"variance of LoRA-DA must not be negative, it is {self.variance!r}")
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         G = gradient_of(evidence, "LoRA-DA").double().mT

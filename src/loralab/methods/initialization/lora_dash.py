@@ -1,9 +1,8 @@
-"""LoRA-Dash, arXiv 2409.01035: LoRA for t steps, then LoRA and Σ_i Δσ_i u_i v_iᵀ.
+"""LoRA-Dash, arXiv 2409.01035: LoRA for t steps ("pre-launch"), then LoRA and Σ_i Δσ_i u_i v_iᵀ.
 
-(u_i, v_i) are the directions of W = U Σ Vᵀ that LoRA has changed most for their size.
-
-Task-specific directions are the k largest of δ_i = |u_iᵀ ΔW v_i| / σ_i with ΔW = s B A after t
-steps ("pre-launch"); then ("dash") the Δσ_i are trained beside A and B from 0, u_i and v_i frozen.
+Task-specific directions (u_i, v_i) of W = U Σ Vᵀ are those of the k largest
+δ_i = |u_iᵀ ΔW v_i| / σ_i with ΔW = s B A after t steps; then ("dash") the Δσ_i are trained beside A
+and B from 0, the directions frozen.
 
 :summary: LoRA, later joined by trained changes along the directions of W it changed most
 :equation: dW = s B A + sum_i d_i u_i v_i^T, (u, v) the k largest |u^T s B A v| / sigma
@@ -13,8 +12,8 @@ steps ("pre-launch"); then ("dash") the Δσ_i are trained beside A and B from 0
 :title: Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning
 :authors: Chongjie Si, Zhiyi Shi, Shifan Zhang, Xiaokang Yang, Hanspeter Pfister, Wei Shen
 :source: arXiv 2409.01035, 2024: LoRA-Dash
-:verified: authors' code (Chongjie-Si/Subspace-Tuning, tuners/lora-dash.py at cbff135); the paper's
-    text could not be read
+:verified: authors' code (Chongjie-Si/Subspace-Tuning, tuners/lora-dash.py at cbff135) and the first
+    author's write-up for the change rate and t; the paper's text could not be read
 """
 
 from collections.abc import Sequence
@@ -24,9 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
+from loralab.methods.initialization._svd import leading_triplets
 from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
@@ -41,19 +41,14 @@ class Dash(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "sigma", "U", "Vh"})
     frozen: ClassVar[frozenset[str]] = frozenset({"U", "Vh", "s"})
 
-    n_directions: int = 8
-
-    def __post_init__(self) -> None:
-        if self.n_directions < 1:
-            raise UserError(f"LoRA-Dash needs at least one direction, not {self.n_directions!r}")
+    n_directions: Count = 8
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in], B [out, r] = 0, sigma [k] = 0, and W's first vectors for now."""
-        W, k = evidence.weight, min(self.n_directions, site.d_in, site.d_out)
-        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        directions = {"U": U[:, :k].contiguous(), "Vh": Vh[:k].contiguous()}
-        scale = W.new_full((1,), evidence.scale)  # Δσ is not scaled by s
-        return plain_pair(site, evidence) | directions | {"sigma": W.new_zeros(k), "s": scale}
+        U, S, Vh = leading_triplets(evidence.weight, self.n_directions)
+        scale = S.new_full((1,), evidence.scale)  # Δσ is not scaled by s
+        directions = {"U": U.contiguous(), "Vh": Vh.contiguous(), "sigma": torch.zeros_like(S)}
+        return plain_pair(site, evidence) | directions | {"s": scale}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         U = t["U"] * (t["sigma"] / t["s"]).unsqueeze(-2)
@@ -65,18 +60,14 @@ class Launch(Schedule):
     """Hold the Δσ_i for some steps, then choose their directions once.
 
     Args:
-        warmup: t; at most half of the run.
+        warmup: t, in updates; at most half of the run (our choice).
     """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "sigma", "U", "Vh"})
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "sigma"})
     changes: ClassVar[frozenset[str]] = frozenset({"U", "Vh"})
 
-    warmup: int = 100
-
-    def __post_init__(self) -> None:
-        if self.warmup < 1:
-            raise UserError(f"warmup of LoRA-Dash counts steps, so it is not {self.warmup!r}")
+    warmup: Count = 100
 
     def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         if step < min(self.warmup, n_steps // 2):

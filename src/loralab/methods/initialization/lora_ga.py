@@ -17,13 +17,13 @@ B by the singular values and scales B alone.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-import torch
-
-from loralab.errors import UserError, near_misses
+from loralab.bounds import CountOrZero, OneOf, Positive
+from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.initialization.pissa import fast_svd
+from loralab.methods.budgeting.gora import gradient_of
+from loralab.methods.initialization._svd import triplets
 from loralab.methods.optimization.rslora import RSLORA_FORM
 from loralab.recipe import Evidence, Site, Start, Tensors
 
@@ -40,8 +40,8 @@ class LoRAGA(Start):
     """Singular vectors of the gradient at the base.
 
     Args:
-        gamma: γ, positive; larger starts smaller.
-        split: one of `SPLITS`.
+        gamma: γ; larger starts smaller.
+        split: which singular vectors go where.
         niter: power iterations of the fast SVD with a sketch of 4r, as in the authors' code; None
             for the exact SVD.
     """
@@ -49,31 +49,18 @@ class LoRAGA(Start):
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
     anchored = True
 
-    gamma: float = 16.0
-    split: str = "ArB2r"
-    niter: int | None = 4
-
-    def __post_init__(self) -> None:
-        if not self.gamma > 0:
-            raise UserError(f"gamma of LoRA-GA must be positive, not {self.gamma!r}")
-        if self.split not in SPLITS:
-            hint = near_misses(self.split, SPLITS) or f"; one of {', '.join(SPLITS)}"
-            raise UserError(f"unknown split {self.split!r} of LoRA-GA{hint}")
+    gamma: Positive = 16.0
+    split: Annotated[str, OneOf(SPLITS)] = "ArB2r"
+    niter: CountOrZero | None = 4
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        G, r = evidence.gradient, site.rank
-        if G is None:
-            raise UserError("LoRA-GA looks at gradients: give `data`, an iterable of batches")
+        G, r = gradient_of(evidence, "LoRA-GA"), site.rank
         if 2 * r > min(G.shape):
             raise UserError(
                 f"LoRA-GA takes 2 x rank singular vectors, so rank {r} is too large for layer "
                 f"{site.name} ({site.d_out} x {site.d_in}); use at most {min(G.shape) // 2}"
             )
-        if self.niter is None:
-            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-        else:
-            sketch = evidence.generator("sketch")
-            U, _, Vh = fast_svd(G, 2 * r, self.niter, sketch, oversample=2 * r)
+        U, _, Vh = triplets(G, 2 * r, self.niter, evidence, oversample=2 * r)
         rows, columns = SPLITS[self.split](r)
         factor = site.d_out**0.25 / self.gamma**0.5
         return {"A": factor * Vh[rows], "B": factor * U[:, columns]}

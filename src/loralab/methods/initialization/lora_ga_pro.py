@@ -15,21 +15,21 @@ singular vectors each. No paper of this name could be found.
 :verified: LoRAFactory's code (hhnqqq/MyTransformers); no paper of this name
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
+from loralab.bounds import Count
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.budgeting.gora import gradient_of
 from loralab.methods.budgeting.ralora import effective_rank
 from loralab.methods.initialization.lora_ga import LoRAGA
 from loralab.methods.optimization.rslora import RSLORA_FORM
-from loralab.recipe import Evidence, Site, Start, Tensors
+from loralab.recipe import Look, Site
 
 
 @dataclass(frozen=True)
-class LoRAGAPro(Start):
+class LoRAGAPro(LoRAGA):
     """LoRA-GA at the rank that the gradient shows.
 
     Args:
@@ -37,40 +37,24 @@ class LoRAGAPro(Start):
         least, most: bounds of a rank.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    anchored = True
-
-    gamma: float = 16.0
-    split: str = "ArB2r"
-    niter: int | None = 4
-    least: int = 4
-    most: int = 512
+    least: Count = 4
+    most: Count = 512
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most:
+        super().__post_init__()
+        if self.least > self.most:
             raise UserError(
                 "least and most of LoRA-GA-Pro are ranks, the least first, not "
                 f"{self.least} and {self.most}"
             )
-        self.plain  # noqa: B018  (checks the rest)
 
-    @property
-    def plain(self) -> LoRAGA:
-        """LoRA-GA with the same settings."""
-        return LoRAGA(self.gamma, self.split, self.niter)
-
-    def ranks(
-        self, sites: Sequence[Site], evidence: Callable[[Site], Evidence]
-    ) -> dict[str, int] | None:
+    def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         ranks = {}
         for site in sites:
             half = int(effective_rank(gradient_of(evidence(site), "LoRA-GA-Pro")) / 2)
             rank = max(self.least, min(half, self.most))
             ranks[site.name] = min(rank, min(site.d_in, site.d_out) // 2)
         return ranks
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        return self.plain.init(site, evidence)
 
 
 register("lora_ga_pro", "initialization", __doc__, RSLORA_FORM, start=LoRAGAPro())

@@ -21,9 +21,10 @@ from typing import ClassVar
 
 import torch
 
-from loralab.errors import UserError
+from loralab.bounds import CountOrZero, Positive
 from loralab.methods import register
-from loralab.methods.initialization.pissa import fast_svd
+from loralab.methods.budgeting.gora import gradient_of
+from loralab.methods.initialization._svd import split_triplets, triplets
 from loralab.methods.optimization.rslora import RSLORA_FORM
 from loralab.recipe import Evidence, Site, Start, Tensors
 
@@ -33,7 +34,7 @@ class LoRAOne(Start):
     """Leading singular triplets of the negative gradient at the base.
 
     Args:
-        gamma: the scaling parameter 1/γ, positive; larger starts smaller.
+        gamma: the scaling parameter 1/γ; larger starts smaller.
         normalise: divide the singular values by the first one; False is the paper's earlier rule.
         anchored: subtract s B0 A0, so that step 0 is the base; the paper does not.
         niter: power iterations of the fast SVD with a sketch of 4r, as in the authors' code; None
@@ -43,27 +44,17 @@ class LoRAOne(Start):
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
     departs: ClassVar[bool] = True
 
-    gamma: float = 128.0
+    gamma: Positive = 128.0
     normalise: bool = True
     anchored: bool = False
-    niter: int | None = 4
-
-    def __post_init__(self) -> None:
-        if not self.gamma > 0:
-            raise UserError(f"gamma of LoRA-One must be positive, not {self.gamma!r}")
+    niter: CountOrZero | None = 4
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        if evidence.gradient is None:
-            raise UserError("LoRA-One looks at gradients: give `data`, an iterable of batches")
-        G, r = -evidence.gradient, site.rank
-        if self.niter is None:
-            U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        else:
-            U, S, Vh = fast_svd(G, r, self.niter, evidence.generator("sketch"), oversample=3 * r)
+        G, r = gradient_of(evidence, "LoRA-One"), site.rank
+        U, S, Vh = triplets(-G, r, self.niter, evidence, oversample=3 * r)
         if self.normalise:
             S = S / S[0].clamp_min(torch.finfo(S.dtype).tiny)
-        root = (S[:r] / self.gamma).sqrt()
-        return {"A": root[:, None] * Vh[:r], "B": U[:, :r] * root}
+        return split_triplets(U, S, Vh, self.gamma)
 
 
 register("lora_one", "initialization", __doc__, RSLORA_FORM, start=LoRAOne())

@@ -24,9 +24,10 @@ from typing import ClassVar
 
 import torch
 
-from loralab.errors import UserError
+from loralab.bounds import CountOrZero, Positive
 from loralab.methods import register
-from loralab.methods.initialization.pissa import fast_svd
+from loralab.methods.budgeting.gora import gradient_of
+from loralab.methods.initialization._svd import triplets
 from loralab.methods.sharing.lora_xs import LoRAXS
 from loralab.recipe import Evidence, Site, Start, Tensors
 
@@ -36,7 +37,7 @@ class UpdateApproximation(Start):
     """The singular triplets of full fine-tuning's first step.
 
     Args:
-        eta: η, the learning rate of that step; positive.
+        eta: η, the learning rate of that step.
         sign: take the gradient's sign, AdamW's first step; False takes the gradient itself
             (LoRAFactory, the survey arXiv 2601.22708).
         anchored: subtract the start, so that step 0 is the base; the paper does not.
@@ -48,28 +49,19 @@ class UpdateApproximation(Start):
     pair_only: ClassVar[bool] = False
     singles_out: ClassVar[frozenset[str]] = frozenset({"U_r", "R", "V_r"})
 
-    eta: float = 1e-4
+    eta: Positive = 1e-4
     sign: bool = True
     anchored: bool = False
-    niter: int | None = 4
-
-    def __post_init__(self) -> None:
-        if not self.eta > 0:
-            raise UserError(f"eta of LoRA-SB must be positive, not {self.eta!r}")
+    niter: CountOrZero | None = 4
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        if evidence.gradient is None:
-            raise UserError("LoRA-SB looks at gradients: give `data`, an iterable of batches")
-        G, r = evidence.gradient, site.rank
+        G = gradient_of(evidence, "LoRA-SB")
         update = -self.eta * (G.sign() if self.sign else G)
-        if self.niter is None:
-            U, S, Vh = torch.linalg.svd(update, full_matrices=False)
-        else:
-            U, S, Vh = fast_svd(update, r, self.niter, evidence.generator("sketch"))
+        U, S, Vh = triplets(update, site.rank, self.niter, evidence)
         return {
-            "U_r": U[:, :r].contiguous(),
-            "V_r": Vh[:r].contiguous(),
-            "R": torch.diag(S[:r] / evidence.scale),
+            "U_r": U.contiguous(),
+            "V_r": Vh.contiguous(),
+            "R": torch.diag(S / evidence.scale),
         }
 
 

@@ -18,7 +18,7 @@ import torch
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.methods.initialization.pissa import split_triplets
+from loralab.methods.initialization._svd import split_triplets
 from loralab.recipe import Evidence, Site, Start, Tensors
 
 

@@ -1,10 +1,10 @@
 """NLoRA, arXiv 2502.14482: dW = s B N A, a trained core N [r, r] between B and A.
 
-It starts as the Nyström approximation of W: B = W[:, :r], A = W[:r, :], N = W[:r, :r]⁺.
+It starts as the Nyström approximation of W: B = W[:, :r], A = W[:r, :], N = W[:r, :r]⁺. The form is
+MoSLoRA's (the paper's SLoRA), whose M is N.
 
-The form is MoSLoRA's (the paper's SLoRA), whose M is N. The released code copies the block itself
-into N (the line with the pseudo-inverse is a comment there), which is `core="block"`. The start is
-anchored; the public codes do not subtract it from W.
+Our defaults, Nyström's inverse and an anchored start, are neither public code's: both put the block
+itself into N (`core="block"`) and add the start to W (`anchored=False`).
 
 :summary: A trained core between A and B, started from slices of the weight
 :equation: dW = s (B N A - B0 N0 A0), B0 = W[:, :r], N0 = W[:r, :r]^+ / s, A0 = W[:r]
@@ -13,16 +13,17 @@ anchored; the public codes do not subtract it from W.
 :title: NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models
 :authors: Chenlu Guo, Yi Chang, Yuan Wu
 :source: arXiv 2502.14482, 2025: Nyström initialization
-:verified: the abstract, the README of TracyGuo2001/NLoRA and LoRAFactory's nlora.py; the paper's
-    equations could not be read, the inverse is Nyström's own formula
+:verified: authors' code (TracyGuo2001/NLoRA, peft/tuners/lora/layer.py) and LoRAFactory's nlora.py
+    for core='block', anchored=False; abstract and README for the Nyström method; the inverse is
+    Nyström's own formula and the anchor our choice, the paper's equations could not be read
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from loralab.errors import UserError
+from loralab.bounds import PartShare
 from loralab.methods import register
 from loralab.methods.optimization.moslora import MoSLoRA
 from loralab.recipe import Evidence, Site, Start, Tensors
@@ -33,9 +34,8 @@ class Nystrom(Start):
     """The first rows and columns of W and the inverse of the block they share.
 
     Args:
-        core: "inverse" or "block" (see the top of this file).
-        anchored: subtract the start, so that step 0 is the base; False adds it to W, as both
-            public codes do.
+        core: N, the block's "inverse" or the "block" itself.
+        anchored: subtract the start, so that step 0 is the base.
         rtol: singular values of the block below this share of the largest count as 0 (our choice,
             which bounds N).
     """
@@ -44,15 +44,9 @@ class Nystrom(Start):
     singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "M"})
     seeded = False
 
-    core: str = "inverse"
+    core: Literal["inverse", "block"] = "inverse"
     anchored: bool = True
-    rtol: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.core not in ("inverse", "block"):
-            raise UserError(f"core of NLoRA is 'inverse' or 'block', not {self.core!r}")
-        if not 0 <= self.rtol < 1:
-            raise UserError(f"rtol of NLoRA must lie in [0, 1), not {self.rtol!r}")
+    rtol: PartShare = 1e-3
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         W, r = evidence.weight, site.rank

@@ -2,19 +2,24 @@
 
 B = U_r Σ_r and A = V_rᵀ of W0 = U Σ Vᵀ are frozen; A' [r', r] random and B' [r, r'] = 0 trained.
 
-The paper's text could not be read: this is the abstract (outer factors from an SVD, frozen; inner
-pair trained) with what its reviews quote. A later version weighs the SVD by activations; its weight
-is not known to us, so it is left out. LoRAFactory's nora.py is another method: it trains all four.
+This is the abstract with what its reviews quote. The published version (Efficient Fine-Tuning of
+Large Models via Nested Low-Rank Adaptation, ICCV 2025) takes the SVD of W0 S, S = diag(√mean x_j²)
+of the layer's inputs, and A = V_rᵀ S⁻¹: `activation`. The authors' code is a set of ablations of
+it: S is mean |x_j|, Σ goes to B, to A or half to each, A' and B' both start at random, and r' = 16
+inside r = 0.8 min(in, out). LoRAFactory's nora.py is another method: it trains all four.
 
 :summary: A small LoRA between frozen singular vectors of the weight
 :equation: dW = s U_r S_r B' A' V_r^T, U, S, V of W frozen, B'0 = 0
 :trap: The rank asked for is the frozen outer one; the trained pair has half of it.
 :trap: The gradient of the inner pair is weighted by W's singular values.
 :trap: The update stays in the span of W's leading singular vectors.
+:trap: The authors' code starts A' and B' both at random, and so away from the base.
 :title: NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models
 :authors: Cheng Lin, Lujun Li, Dezhi Li, Jie Zou, Wei Xue, Yike Guo
 :source: arXiv 2408.10280, 2024: our reading of the abstract
-:verified: our reading of the abstract and of the public reviews; the text was not to be had
+:verified: abstract and reviews, and the authors' code (lliai/LoRA-Zoo, nora/loralib/lora_lib.py and
+    lora.py) for the frozen outer and serial inner pair; there the SVD is weighted by activations
+    and both inner factors start at random; the text was not to be had
 """
 
 from dataclasses import dataclass
@@ -23,9 +28,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count
 from loralab.methods import register
+from loralab.methods.budgeting.eva import covariance_of
 from loralab.methods.expansion.lora import uniform
+from loralab.methods.initialization._svd import leading_triplets
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
@@ -35,27 +42,35 @@ class NoRA(Form):
 
     Args:
         inner_rank: r'; None for half of the site's rank, at least 1 (our choice).
+        activation: weigh the SVD by the layer's inputs, as the published version does.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"A_inner", "B_inner"})
     frozen: ClassVar[frozenset[str]] = frozenset({"A_outer", "B_outer"})
 
-    inner_rank: int | None = None
+    inner_rank: Count | None = None
+    activation: bool = False
 
-    def __post_init__(self) -> None:
-        if self.inner_rank is not None and not self.inner_rank >= 1:
-            raise UserError(f"inner_rank of NoRA must be at least 1, not {self.inner_rank!r}")
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Weighing looks at the inputs."""
+        return frozenset({"covariance"} if self.activation else ())
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return the frozen triplets and LoRA's start for the inner pair."""
-        r = site.rank
+        W, r = evidence.weight, site.rank
         inner = self.inner_rank or max(1, r // 2)
-        U, S, Vh = torch.linalg.svd(evidence.weight, full_matrices=False)
+        size = W.new_ones(site.d_in)  # the diagonal of S
+        if self.activation:
+            size = covariance_of(evidence, "NoRA").diagonal().sqrt().to(W)
+            # An input that is nearly always 0 would have A blow up (our choice of a floor).
+            size = size.clamp_min(1e-3 * size.mean().item()).clamp_min(torch.finfo(W.dtype).tiny)
+        U, S, Vh = leading_triplets(W * size, r)
         return {
-            "A_outer": Vh[:r].contiguous(),
-            "B_outer": U[:, :r] * S[:r],
+            "A_outer": Vh / size,
+            "B_outer": U * S,
             "A_inner": uniform(evidence, "A_inner", inner, r, bound=r**-0.5),
-            "B_inner": evidence.weight.new_zeros(r, inner),
+            "B_inner": W.new_zeros(r, inner),
         }
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:

@@ -15,42 +15,11 @@ the update is s (B A - B0 A0), which is the same function and leaves W as it is.
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from loralab.errors import UserError
+from loralab.bounds import CountOrZero
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
+from loralab.methods.initialization._svd import split_triplets, triplets
 from loralab.recipe import Evidence, Site, Start, Tensors
-
-
-def split_triplets(U: Tensor, S: Tensor, Vh: Tensor, scale: float) -> Tensors:
-    """Return B = U √(S/s), A = √(S/s) Vᵀ, so that s B A = U S Vᵀ for every s > 0.
-
-    Raises:
-        UserError: s is not positive.
-    """
-    if not scale > 0:
-        raise UserError(f"singular triplets are split with a positive alpha; the scale is {scale}")
-    root = (S / scale).sqrt()
-    return {"A": root[:, None] * Vh, "B": U * root}
-
-
-def fast_svd(
-    W: Tensor, rank: int, niter: int, generator: torch.Generator, oversample: int = 8
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading triplets U [m, r], S [r], Vᵀ [r, n] by subspace iteration.
-
-    Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4: a Gaussian sketch and `niter` power
-    iterations, each orthonormalised. Deterministic by `generator`.
-    """
-    width = min(rank + oversample, *W.shape)
-    sketch = torch.randn(W.shape[1], width, generator=generator, dtype=torch.float64).to(W)
-    Q = torch.linalg.qr(W @ sketch).Q
-    for _ in range(niter):
-        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
-    return Q @ U[:, :rank], S[:rank], Vh[:rank]
 
 
 @dataclass(frozen=True)
@@ -64,24 +33,15 @@ class PiSSA(Start):
 
     anchored = True
 
-    niter: int | None = None
+    niter: CountOrZero | None = None
 
     @property
     def seeded(self) -> bool:  # type: ignore[override]
         """The exact SVD draws nothing."""
         return self.niter is not None
 
-    def __post_init__(self) -> None:
-        if self.niter is not None and (not isinstance(self.niter, int) or self.niter < 0):
-            raise UserError(f"niter of PiSSA counts power iterations, so it is not {self.niter!r}")
-
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        W, r = evidence.weight, site.rank
-        if self.niter is None:
-            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-            U, S, Vh = U[:, :r], S[:r], Vh[:r]
-        else:
-            U, S, Vh = fast_svd(W, r, self.niter, evidence.generator("sketch"))
+        U, S, Vh = triplets(evidence.weight, site.rank, self.niter, evidence)
         return split_triplets(U, S, Vh, evidence.scale)
 
 

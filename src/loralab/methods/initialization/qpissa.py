@@ -18,15 +18,19 @@ W_res carries the index t - 1; the authors' code takes the pair just found, as h
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from loralab.methods import register
-from loralab.methods.initialization.loftq import QuantizedLoRA, alternate, check_rounds
-from loralab.recipe import Evidence, Site, Start, Tensors
+from loralab.methods.initialization._quantized import (
+    Alternation,
+    QuantizedLoRA,
+    leading_pair,
+    quantized,
+)
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class QPiSSA(Start):
+class QPiSSA(Alternation):
     """The leading triplets first, then codes for the rest.
 
     Args:
@@ -34,18 +38,13 @@ class QPiSSA(Start):
         n_iter: T; 5 in the authors' recommended run, 1 is section 4's plain form.
     """
 
-    singles_out: ClassVar[frozenset[str]] = frozenset({"codes", "absmax"})
-    seeded = False
-
-    bits: int = 4
-    n_iter: int = 5
-
-    def __post_init__(self) -> None:
-        check_rounds("QPiSSA", self.bits, self.n_iter)
-
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        W, s = evidence.weight, evidence.scale
-        return alternate(W, site.rank, s, self.bits, self.n_iter, pair_first=True)
+        W = left = evidence.weight
+        for _ in range(self.n_iter):
+            pair, product = leading_pair(left, site.rank, evidence.scale)
+            codes, Q = quantized(W - product, self.bits)
+            left = W - Q
+        return pair | codes
 
 
 register("qpissa", "initialization", __doc__, QuantizedLoRA(), start=QPiSSA())

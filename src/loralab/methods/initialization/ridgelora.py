@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Finite, NonNegative
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
 
@@ -33,9 +33,9 @@ class RidgeLoRA(Form):
 
     Args:
         mu, sigma: of the draw behind N; 2 and 1 in LoRAFactory, the paper names no numbers.
-        beta: weight of each layer's nuclear norm ‖λ Σ + (α/r) A B - I‖_* (eq. 4). The paper's runs
-            have -0.5 over the mean of all layers, to raise the rank; 0, off, is our default (and
-            LoRAFactory's), for it takes an SVD of [in, in] per layer and step.
+        beta: weight of each layer's nuclear norm ‖λ Σ + (α/r) A B - I‖_* (eq. 4); -0.5 over the
+            mean of all layers in the paper, to raise the rank; 0, off, here and in LoRAFactory,
+            for it takes an SVD of [in, in] per layer and step.
     """
 
     # What the update is measured from, and s, which `inner` does not get.
@@ -43,21 +43,16 @@ class RidgeLoRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "ridge", "lam"})
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
-    mu: float = 2.0
-    sigma: float = 1.0
-    beta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.sigma >= 0:
-            raise UserError(f"sigma of RidgeLoRA must not be negative, not {self.sigma!r}")
+    mu: Finite = 2.0
+    sigma: NonNegative = 1.0
+    beta: Finite = 0.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in], B [in, r], the ridge Σ [in], λ [1], their copies, and s [1]."""
         W, r, n = evidence.weight, site.rank, site.d_in
 
         def normal(name: str, *shape: int) -> Tensor:
-            g = evidence.generator(name)
-            return torch.randn(*shape, generator=g, dtype=torch.float64)
+            return torch.randn(*shape, generator=evidence.generator(name), dtype=torch.float64)
 
         A = normal("A", r, n) * r**-0.5
         ridge = torch.ones(n, dtype=torch.float64)

@@ -3,20 +3,24 @@
 They are kept near orthonormal by L_reg = ‖U_pᵀU_p - I‖_F + ‖V_pᵀV_p - I‖_F.
 
 The rest W_r is not stored: the start is anchored, as PiSSA's is. The paper steps by γ ∇L_reg beside
-η ∇L, which is the weight γ / η = 4e-4 / 3e-5 in the loss.
+η ∇L, which is the weight γ / η = 4e-4 / 3e-5 in the loss. The authors' code takes the mean of the
+norms over all trained matrices, 448 in its run (Llama-2-7B, seven targets); here every site has its
+own norms, so the weight of each is γ / η / 448.
 
 :summary: Trains W's leading singular triplets, the vectors kept near orthonormal
 :equation: dW = s (U diag(S) V^T - U0 diag(S0) V0^T) + g (|U^T U - I|^2 + |V^T V - I|^2)
 :trap: The regulariser belongs to training only, never to the reported loss.
-:trap: The authors' code averages the regulariser over all matrices; here every site has its own, as
-    in the formula.
-:trap: The weight is gamma / eta: it does not follow the learning rate.
+:trap: The weight is that of the authors' run, per matrix: it does not follow the learning rate or
+    the number of layers.
+:trap: The authors' code adds the regulariser's gradient after clipping; here it is clipped with the
+    loss's.
 :title: SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large
     Language Models
 :authors: Yang Cao, Zhao Song
 :source: arXiv 2409.00055, 2024: section on the orthonormal regularizer
-:verified: authors' code (Gunale0926/SORSA, sorsalib/src/sorsa/layer.py) and the first author's
-    explanation; the survey arXiv 2601.22708 for the squares
+:verified: authors' code (Gunale0926/SORSA, layer.py, trainer.py and scripts/train_sorsa.sh) and the
+    first author's explanation; the survey arXiv 2601.22708 for the squares, our default, which the
+    code has not; the paper's text was not to be had
 """
 
 from dataclasses import dataclass
@@ -25,8 +29,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import NonNegative
 from loralab.methods import register
+from loralab.methods.initialization._svd import leading_triplets
 from loralab.recipe import Evidence, Form, Site, Start, Tensors
 
 
@@ -35,26 +40,21 @@ class SingularTriplets(Form):
     """Trained singular vectors U [out, r], Vh [r, in] and values S [r].
 
     Args:
-        gamma: weight of the regulariser in the training loss, 0 or more.
-        squared: square both norms (the survey arXiv 2601.22708). The paper and its code do not,
-            but then the first gradients are the direction of the rounding errors of the SVD, for
-            ‖M‖ has slope 1 all the way down to M = 0.
+        gamma: weight of both norms of a site in the training loss.
+        squared: square them, as the survey does. The paper and its code do not, but then the first
+            gradients are the direction of the SVD's rounding errors, for ‖M‖ has slope 1 all the
+            way down to M = 0.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"U", "S", "Vh"})
 
-    gamma: float = 4e-4 / 3e-5
+    gamma: NonNegative = 4e-4 / 3e-5 / 448
     squared: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise UserError(f"gamma of SORSA must not be negative, not {self.gamma!r}")
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return W's leading singular vectors U, Vh, and S = 0, which the Start fills."""
-        W, r = evidence.weight, site.rank
-        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        return {"U": U[:, :r].contiguous(), "S": W.new_zeros(r), "Vh": Vh[:r].contiguous()}
+        U, S, Vh = leading_triplets(evidence.weight, site.rank)
+        return {"U": U.contiguous(), "S": torch.zeros_like(S), "Vh": Vh.contiguous()}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return t["U"] * t["S"].unsqueeze(-2), t["Vh"]
@@ -62,11 +62,9 @@ class SingularTriplets(Form):
     def penalty(self, t: Tensors, site: Site) -> Tensor | None:
         one = torch.eye(t["S"].shape[-1], dtype=t["S"].dtype, device=t["S"].device)
         U, V = t["U"].mT @ t["U"] - one, t["Vh"] @ t["Vh"].mT - one
-        squares = [M.square().sum((-2, -1)) for M in (U, V)]
-        if self.squared:
-            return self.gamma * sum(squares)  # type: ignore[return-value]
+        squares = torch.stack([M.square().sum((-2, -1)) for M in (U, V)])
         floor = torch.finfo(one.dtype).eps ** 2  # the root's slope stays finite at 0
-        return self.gamma * sum((s + floor).sqrt() for s in squares)  # type: ignore[return-value]
+        return self.gamma * (squares if self.squared else (squares + floor).sqrt()).sum(0)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
-"""AuroRA, arXiv 2505.18738, section 3.2: y = W x + s B σ(A x), σ an adaptive non-linear layer.
+"""AuroRA: y = W x + s B σ(A x) (eq. 4), σ an adaptive non-linear layer.
 
-σ(z) = tanh(W_p tanh(z)) + W_s s(z): a fixed part with a trained r x r projection, and a learned
-part from the B-spline basis functions of z on a uniform grid over [-1, 1], s_j(z) = Σ_i B_j(z_i).
+σ(z) = tanh(W_p tanh(z)) + W_s s(z): a fixed part (eq. 6) with a trained r x r projection, and a
+learned part (eq. 7) from the B-spline basis functions of z on a uniform grid over [-1, 1],
+s_j(z) = Σ_i B_j(z_i). The paper has no factor s, which is 1 here by default.
 
 :summary: A tanh and a learned spline between A and B
 :equation: y = W x + s B (tanh(W_p tanh(A x)) + W_s s(A x))
 :trap: It is not linear in x, so there is no dW and it cannot be merged.
 :trap: The splines are 0 where |A x| is well above 1: such inputs only see the tanh part.
 :trap: Each basis function is summed over the r inputs before W_s.
+:trap: The paper's rank is 2 throughout.
 :title: AuroRA: Breaking Low-Rank Bottleneck of LoRA with Nonlinear Mapping
 :authors: Haonan Dong, Wenhao Zhu, Guojie Song, Liang Wang
-:source: arXiv 2505.18738, 2025: section 3.2
-:verified: survey arXiv 2601.22708, LoRAFactory (aurora.py), and equal numbers from the package
-    aurora-peft, made from the authors' code; the paper's text was not to be had
+:source: arXiv 2505.18738, 2025: eqs. 4 to 8, sections 2.2 and 2.3 of the NeurIPS text
+:verified: paper (NeurIPS text, eqs. 3 to 8), and for the spline's grid, order and start equal
+    numbers from the package aurora-peft, made from the authors' code
 """
 
 from dataclasses import dataclass
@@ -21,9 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, CountOrZero, NonNegative
 from loralab.methods import register
-from loralab.methods.expansion.lora import plain_pair, uniform
+from loralab.methods.expansion.lora import normal, plain_pair, uniform
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
@@ -55,24 +57,15 @@ class AuroRA(Form):
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
     recomputed: ClassVar[frozenset[str]] = frozenset({"branch"})  # grid + order splines per rank
 
-    grid: int = 5
-    order: int = 3
-    noise: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.grid < 1 or self.order < 0 or not self.noise >= 0:
-            raise UserError(
-                "AuroRA needs grid >= 1, order >= 0 and noise >= 0, not "
-                f"{self.grid}, {self.order} and {self.noise}"
-            )
+    grid: Count = 5
+    order: CountOrZero = 3
+    noise: NonNegative = 0.1
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return LoRA's A and B = 0, W_p [r, r] Xavier-normal and W_s [r, grid + order]."""
         r = site.rank
-        g = evidence.generator("W_p")
-        W_p = torch.randn(r, r, generator=g, dtype=torch.float64) * r**-0.5
         return plain_pair(site, evidence) | {
-            "W_p": W_p.to(evidence.weight),
+            "W_p": normal(evidence, "W_p", r, r, std=r**-0.5),
             "W_s": uniform(evidence, "W_s", r, self.grid + self.order, bound=self.noise),
         }
 

@@ -1,4 +1,4 @@
-"""BOFT, arXiv 2311.06243, section 4: z = (R W0)ᵀ x, R = B̃(d, 2^m) B̃(d, 2^{m-1}) ... B̃(d, 2).
+"""BOFT: z = (R W0)ᵀ x, R = B̃(d, 2^m) B̃(d, 2^{m-1}) ... B̃(d, 2).
 
 The butterfly component B̃(d, k) couples sub-blocks of b/2 inputs that lie k/2 apart in groups of
 k: a block-diagonal rotation of b x b blocks (Cayley, as in OFT) between two permutations.
@@ -22,10 +22,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from loralab.bounds import Count
 from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.optimization.oft import cayley, skew, turn
+from loralab.methods.optimization._rotations import cayley, skew, turn
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
@@ -55,12 +56,8 @@ class BOFT(Form):
     any_rank: ClassVar[bool] = True
     recomputed: ClassVar[frozenset[str]] = frozenset({"inner"})  # m turned copies of x
 
-    n_factors: int = 2
+    n_factors: Count = 2
     rescale: bool = False
-
-    def __post_init__(self) -> None:
-        if self.n_factors < 1:
-            raise UserError(f"n_factors of BOFT is at least 1, not {self.n_factors}")
 
     def scale(self, alpha: float, rank: int) -> float:
         return 1.0

@@ -1,4 +1,4 @@
-"""DeLoRA, arXiv 2503.18225, eqs. 5 and 8: dW = (λ ‖W‖ / r) B Ξ A, Ξ = diag(1 / (‖b_i‖ ‖a_i‖)).
+"""DeLoRA: dW = (λ ‖W‖ / r) B Ξ A, Ξ = diag(1 / (‖b_i‖ ‖a_i‖)).
 
 Every rank-one term has norm 1, so λ ‖W‖ bounds the update's length and B, A learn its direction.
 λ is trained. Eq. 9 subtracts the update's first value from W; here the start is anchored instead,
@@ -17,11 +17,11 @@ which is the same function and leaves W as it is.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
 from loralab.recipe import Evidence, Form, Site, Start, Tensors
@@ -41,14 +41,8 @@ class DeLoRA(Form):
     frozen: ClassVar[frozenset[str]] = frozenset({"norm"})
     rank_axis: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
 
-    bound: float = 8.0
-    norm: str = "column"
-
-    def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise UserError(f"bound of DeLoRA must be positive, not {self.bound}")
-        if self.norm not in ("column", "frobenius"):
-            raise UserError(f"norm of DeLoRA is 'column' or 'frobenius', not {self.norm!r}")
+    bound: Positive = 8.0
+    norm: Literal["column", "frobenius"] = "column"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return LoRA's A and B = 0, λ [1] and ‖W‖ [in] (or [1]); alone this is PEFT's start."""

@@ -1,4 +1,4 @@
-"""DoRA, arXiv 2402.09353, eqs. 5 and 11: W' = m (W0 + B A) / ‖W0 + B A‖, m = ‖W0‖ at the start.
+"""DoRA: W' = m (W0 + B A) / ‖W0 + B A‖, m = ‖W0‖ at the start.
 
 The norm is per output (the paper's columns of a transposed W are our rows), and section 4.3 holds
 it constant in the backward pass.
@@ -23,38 +23,26 @@ from torch import Tensor
 
 from loralab.core.stopgrad import stop_gradient
 from loralab.methods import register
-from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.expansion.lora import Pair
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class DoRA(Form):
+class DoRA(Pair):
     """LoRA's pair for the direction and a magnitude m [out] per row.
 
     Args:
         detach_norm: hold the norm constant in the backward pass, as the paper does.
-        scaling: as in LoRA.
     """
 
-    pair: ClassVar[bool] = True
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "m"})
 
     detach_norm: bool = True
-    scaling: str = "alpha/r"
-
-    def __post_init__(self) -> None:
-        check_scaling(self.scaling)
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return scale_of(self.scaling, alpha, rank)
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         # The core's own arithmetic for |W_i|, so that the gain at step 0 is exactly 1.
         m = evidence.weight.square().sum(-1).sqrt()
-        return {**plain_pair(site, evidence), "m": m}
-
-    def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        return t["B"], t["A"]
+        return super().init(site, evidence) | {"m": m}
 
     @property
     def constant_norm(self) -> bool:

@@ -1,5 +1,5 @@
-"""Flora, arXiv 2402.03293, algorithm 2: W ← W - η M A with the momentum compressed by a random
-A [r, in] ~ N(0, 1/r), M ← β M + (1 - β) G Aᵀ; every κ steps A is drawn anew and M ← M A_old A_newᵀ.
+"""Flora: W ← W - η M A with the momentum compressed by a random A [r, in] ~ N(0, 1/r),
+M ← β M + (1 - β) G Aᵀ; every κ steps A is drawn anew and M ← M A_old A_newᵀ.
 
 LoRA with a frozen A takes just this gradient, ∂L/∂B = s G Aᵀ, and steps of B move W by multiples of
 M A. So G is never formed: B is trained, and at each new draw B A is folded into the adapter's own
@@ -11,8 +11,9 @@ root mean square of M A, in the place of Adafactor's second moments; those need 
 :trap: Each new projection adds r ranks to the frozen term; one projection alone has rank r.
 :trap: Without M A_old A_new^T the momentum of the old basis is noise in the new one.
 :trap: The step is in W, so a scale s other than 1 multiplies it; keep alpha = r.
-:trap: The authors' code adds the uncompressed gradient to each step; that needs the dense gradient,
-    and here all of a step passes the projection, as in the algorithm.
+:trap: The authors' code also adds the uncompressed gradient to each step, for which it has to be
+    dense, compresses the shorter side of W, not always the input's, and multiplies the rate by the
+    root mean square of W, at least 1e-3.
 :title: Flora: Low-Rank Adapters Are Secretly Gradient Compressors
 :authors: Yongchang Hao, Yanshuai Cao, Lili Mou
 :source: arXiv 2402.03293, 2024: algorithm 2
@@ -25,12 +26,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, Decay, Positive
 from loralab.methods import register
-from loralab.methods.expansion.cola import forget
+from loralab.methods.expansion._phases import forget
 from loralab.methods.expansion.rac_lora import Asymmetric
+from loralab.methods.optimization._pairs import product_norm
 from loralab.recipe import Hyper, Rule, Schedule, SiteState
 from loralab.training.adamw import per_slot
 
@@ -48,15 +49,9 @@ class Compressed(Rule):
 
     pair_only: ClassVar[bool] = True
 
-    beta1: float = 0.9
+    beta1: Decay = 0.9
     normalise: bool = True
-    eps: float = 1e-30
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.beta1 < 1 and self.eps > 0):
-            raise UserError(
-                f"Flora needs beta1 in [0, 1) and a positive eps, not {self.beta1} and {self.eps}"
-            )
+    eps: Positive = 1e-30
 
     def trains(self, name: str) -> bool:
         return name != "A"
@@ -68,21 +63,13 @@ class Compressed(Rule):
                 m.lerp_(site.g[name], 1 - self.beta1)
                 rate = per_slot(hyper.lr, tensor)
                 if self.normalise:
-                    rms = _product_rms(m, site.fixed["A"]) if name == "B" else _rms(m)
+                    rms = m.flatten(1).square().mean(1).sqrt()
+                    if name == "B":
+                        A = site.fixed["A"]
+                        rms = product_norm(m, A) / (m.shape[-2] * A.shape[-1]) ** 0.5
                     rate = rate / per_slot(rms.clamp_min(self.eps), tensor)
                 decay = per_slot(1 - hyper.lr * hyper.weight_decay, tensor)
                 tensor.mul_(decay).sub_(rate * m)
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Return the root mean square of x [K, ...] per slot."""
-    return x.flatten(1).square().mean(1).sqrt()
-
-
-def _product_rms(M: Tensor, A: Tensor) -> Tensor:
-    """Return the root mean square [K] of M A, without the product."""
-    squares = ((M.mT @ M) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
-    return (squares / (M.shape[-2] * A.shape[-1])).sqrt()
 
 
 @dataclass(frozen=True)
@@ -96,11 +83,7 @@ class Resampling(Schedule):
 
     pair_only: ClassVar[bool] = True
 
-    every: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise UserError(f"every of Flora counts steps, so it is not {self.every}")
+    every: Count | None = None
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         count, rest = divmod(step + 1, self.every or min(1000, max(1, -(-n_steps // 4))))
@@ -118,11 +101,8 @@ class Resampling(Schedule):
                 m.copy_(m @ (old @ new.mT))
 
 
+FLORA_FORM = Asymmetric(distribution="projection")
+
 register(
-    "flora_compress",
-    "optimization",
-    __doc__,
-    Asymmetric(distribution="normal"),
-    rule=Compressed(),
-    schedule=Resampling(),
+    "flora_compress", "optimization", __doc__, FLORA_FORM, rule=Compressed(), schedule=Resampling()
 )

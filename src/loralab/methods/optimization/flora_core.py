@@ -1,8 +1,9 @@
-"""FLoRA (core space), arXiv 2405.14739, section 3: dW = s B G A with a trained core G [r, r].
+"""FLoRA (core space): dW = s B G A with a trained core G [r, r].
 
-The Tucker form for a matrix: G = 0 at the start, A and B random and trained. For convolutions the
+The Tucker form for a matrix; A and B are random at the start, and trained. For convolutions the
 paper keeps the kernel's axes (G and two more factors in four dimensions), which a layer seen as one
-matrix does not show; so Conv2d is left out. Another FLoRA, arXiv 2402.03293, compresses gradients.
+matrix does not show; so Conv2d is left out. The authors' code takes s itself (1 by default), not
+alpha / r. Another FLoRA, arXiv 2402.03293, compresses gradients.
 
 :summary: A core matrix that starts at 0 between two random, trained factors
 :equation: dW = s B G A, G [r, r] = 0, A and B ~ N(0, 1/(2r))
@@ -19,10 +20,10 @@ matrix does not show; so Conv2d is left out. Another FLoRA, arXiv 2402.03293, co
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from loralab.methods import register
+from loralab.methods.expansion.lora import normal
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
@@ -36,14 +37,10 @@ class FLoRACore(Form):
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return G = 0 and A, B ~ N(0, 1/(2r)): the authors' Kaiming-normal with a = √3."""
         r = site.rank
-
-        def normal(name: str, *shape: int) -> Tensor:
-            draw = torch.randn(shape, generator=evidence.generator(name), dtype=torch.float64)
-            return (draw * (2 * r) ** -0.5).to(evidence.weight)
-
+        std = (2 * r) ** -0.5
         return {
-            "A": normal("A", r, site.d_in),
-            "B": normal("B", site.d_out, r),
+            "A": normal(evidence, "A", r, site.d_in, std=std),
+            "B": normal(evidence, "B", site.d_out, r, std=std),
             "G": evidence.weight.new_zeros(r, r),
         }
 

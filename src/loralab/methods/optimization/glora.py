@@ -22,7 +22,6 @@ per layer (evolution on a supernet); here one choice holds for all, PEFT's by de
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from loralab.errors import UserError
@@ -71,9 +70,10 @@ class GLoRA(Form):
 
     def delta(self, t: Tensors, site: Site) -> Tensor:
         A, B = path(t, "A"), path(t, "B")
-        D = torch.zeros_like(t["W"])
-        D = D if A is None else t["W"] * A
-        return D if B is None else D + B
+        if A is not None:
+            return t["W"] * A if B is None else t["W"] * A + B
+        assert B is not None  # or there would be nothing to train
+        return B.expand(*B.shape[:-2], site.d_out, site.d_in)
 
     def bias(self, t: Tensors, b: Tensor, site: Site) -> Tensor:
         C, D, E = path(t, "C"), path(t, "D"), path(t, "E")

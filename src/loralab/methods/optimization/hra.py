@@ -1,11 +1,10 @@
-"""HRA, arXiv 2405.17484, eq. 1: z = W H_1 ... H_r x, H_i = I - 2 u_i u_iᵀ, |u_i| = 1; eq. 6 adds
-λ ‖I - UᵀU‖² to the loss.
+"""HRA: z = W H_1 ... H_r x, H_i = I - 2 u_i u_iᵀ, |u_i| = 1.
 
-Neighbours start equal (the authors' start in PEFT), u_1 = u_2 and so on, and cancel. For exact
-cancelling a pair a, b is written by its difference d = a - b, which is 0 at the start:
-H_a H_b = I + [a, d] [-2 (d + |d|² b), 2 b]ᵀ, since 2 aᵀb = 2 - |d|². Their product is eq. 3's
-I + U Γ Uᵀ with a block-triangular core of size r. The paper's λ = ∞ (Gram-Schmidt) is not built:
-I - 2 U Uᵀ with orthonormal U is never the identity.
+Eq. 6 adds λ ‖I - UᵀU‖² to the loss. Neighbours start equal (the authors' start in PEFT), u_1 = u_2
+and so on, and cancel. For exact cancelling a pair a, b is written by its difference d = a - b,
+which is 0 at the start: H_a H_b = I + [a, d] [-2 (d + |d|² b), 2 b]ᵀ, since 2 aᵀb = 2 - |d|². Their
+product is eq. 3's I + U Γ Uᵀ with a block-triangular core of size r. The paper's λ = ∞
+(Gram-Schmidt) is not built: I - 2 U Uᵀ with orthonormal U is never the identity.
 
 :summary: Turns the layer's input by a chain of Householder reflections
 :equation: W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), |u_i| = 1
@@ -26,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loralab.bounds import NonNegative
 from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
@@ -49,11 +49,7 @@ class HRA(Form):
 
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
-    lam: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if not self.lam >= 0:
-            raise UserError(f"lam of HRA must not be negative, and it is {self.lam}")
+    lam: NonNegative = 1e-4
 
     @property
     def rank_multiple(self) -> int:
@@ -73,9 +69,8 @@ class HRA(Form):
         U = unit(wide(t["U"]))
         a, b = U[..., 0::2], U[..., 1::2]
         d = a - b
-        L = torch.stack([a, d], -1)
-        R = torch.stack([-2 * (d + d.square().sum(-2, keepdim=True) * b), 2 * b], -1)
-        L, R = L.flatten(-2), R.flatten(-2)  # pair by pair, [*, in, r]
+        L = torch.stack([a, d], -1).flatten(-2)  # pair by pair, [*, in, r]
+        R = torch.stack([-2 * (d + d.square().sum(-2, keepdim=True) * b), 2 * b], -1).flatten(-2)
         # Π (I + L_i R_iᵀ) = I + L (I - N)⁻¹ Rᵀ, N the blocks of RᵀL above the diagonal ones.
         pair = torch.arange(L.shape[-1], device=x.device) // 2
         N = wide(R.mT @ L) * (pair[:, None] < pair)

@@ -1,4 +1,4 @@
-"""LoDA, MERL TR2023-150: y = W x + s (B A x + f2(B f1(A x))), a non-linear low-dimensional map.
+"""LoDA: y = W x + s (B A x + f2(B f1(A x))), a non-linear low-dimensional map.
 
 f1(h) = σ(M2 σ(M1 σ(h))) with two trained r x r matrices, f2 = σ, σ = LeakyReLU; LoRA is the case
 without the second term. The formula is that of the survey arXiv 2601.22708 ("LoDA(+)"), which finds
@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from loralab.errors import UserError
+from loralab.bounds import Share
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
@@ -38,11 +38,7 @@ class LoDA(Form):
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
     recomputed: ClassVar[frozenset[str]] = frozenset({"branch"})
 
-    slope: float = 0.8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.slope <= 1:
-            raise UserError(f"slope of LoDA must lie in [0, 1], not {self.slope}")
+    slope: Share = 0.8
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return LoRA's A and B = 0, and M1, M2 ~ U(±1/√r)."""

@@ -1,4 +1,4 @@
-"""LoRA-FA, arXiv 2308.03303, section 3: A keeps its random start, only B is trained.
+"""LoRA-FA: A keeps its random start, only B is trained.
 
 dW = s B A0 then lives in the row space of A0, and the backward pass needs x A0ᵀ instead of x.
 

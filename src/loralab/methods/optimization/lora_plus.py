@@ -1,4 +1,4 @@
-"""LoRA+, arXiv 2402.12354, section 4: η_B = λ η_A with λ > 1, by default 2⁴ = 16.
+"""LoRA+: η_B = λ η_A with λ > 1, by default 2⁴ = 16.
 
 In the infinite-width limit the output moves by Θ(1) only if η_B / η_A grows with the width.
 
@@ -15,7 +15,7 @@ In the infinite-width limit the output moves by Θ(1) only if η_B / η_A grows 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loralab.errors import UserError
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
 from loralab.training.adamw import AdamW
@@ -26,17 +26,12 @@ class LoRAPlus(AdamW):
     """AdamW with a larger learning rate for B.
 
     Args:
-        ratio: η_B / η_A, positive. The trial's learning rate is η_A.
+        ratio: η_B / η_A. The trial's learning rate is η_A.
     """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"B"})
 
-    ratio: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.ratio > 0:
-            raise UserError(f"ratio of LoRA+ must be positive, not {self.ratio!r}")
+    ratio: Positive = 16.0
 
     def lr_ratio(self, name: str) -> float:
         # B alone: DoRA's magnitude and every other tensor keep the trial's rate.

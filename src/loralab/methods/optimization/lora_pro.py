@@ -1,4 +1,4 @@
-"""LoRA-Pro, arXiv 2407.18242: the steps of A and B whose effect on W is closest to the gradient.
+"""LoRA-Pro: the steps of A and B whose effect on W is closest to the full gradient.
 
 With g_A and g_B the plain gradients, s B g^A + s g^B A is closest to ∇W (theorem 2.1) for
 
@@ -24,114 +24,85 @@ same equations with g_A = s Bᵀg̃ and g_B = s g̃ Aᵀ.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from loralab.errors import UserError, near_misses
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Rule, SiteState
-from loralab.training.adamw import adamw_step, check_moments, per_slot
-from loralab.training.gram import eigen, inverse_gram, others, with_gradients
-
-MOMENTS = ("full", "pair", "none")
+from loralab.methods.optimization._pairs import PairRule, move, sylvester
+from loralab.recipe import Hyper, SiteState, Tensors
+from loralab.training.adamw import AdamW, per_slot
+from loralab.training.gram import inverse_gram, with_gradients
 
 
 @dataclass(frozen=True)
-class LoRAPro(Rule):
-    """Projected steps for a pair; other tensors of the Form take plain AdamW.
+class LoRAPro(PairRule):
+    """Projected steps.
 
     Args:
         moments: "full" remembers moments of W's size (the paper's AdamW), "pair" gives g^A and g^B
             to AdamW (the lean mode of the authors' code), "none" takes plain gradient steps (the
             paper's SGD).
-        x: "sylvester", or "zero" and "symmetry", the paper's other choices of X; X does not change
-            the step of B A.
+        x: how X is chosen; "symmetry" and "zero" are the paper's other choices.
         damping: δ on the Gram matrices that are inverted.
     """
 
-    pair_only: ClassVar[bool] = True
-    trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    inverts: ClassVar[bool] = True
-
-    moments: str = "full"
-    x: str = "sylvester"
-    damping: float = 1e-8
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_moments(self)
-        for field, known in (("moments", MOMENTS), ("x", ("sylvester", "symmetry", "zero"))):
-            if (value := getattr(self, field)) not in known:
-                hint = near_misses(value, known) or f"; one of {', '.join(known)}"
-                raise UserError(f"unknown {field} {value!r} of LoRA-Pro{hint}")
-        if not self.damping > 0:
-            raise UserError(f"damping of LoRA-Pro must be positive, not {self.damping!r}")
+    moments: Literal["full", "pair", "none"] = "full"
+    x: Literal["sylvester", "symmetry", "zero"] = "sylvester"
+    damping: Positive = 1e-8
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        adam = []
-        for site in sites:
-            A, B = self.closest(site, site.g["A"].double(), site.g["B"].double())
-            if self.moments == "pair":
-                near = {"A": A.to(site.t["A"]), "B": B.to(site.t["B"])}
-                adam.append(with_gradients(site, site.g | near))
-                continue
-            if self.moments == "full":
-                A, B = self.adapted(site, A, B, hyper)
-            # W itself decays by 1 - lr decay in the paper; W is never touched here, but B A is,
-            # each factor by the root.
-            kept = (1 - hyper.lr * hyper.weight_decay).clamp_min(0).sqrt()
-            for name, g in (("A", A), ("B", B)):
-                t = site.t[name]
-                moved = t * per_slot(kept, t) - (per_slot(hyper.lr, g) * g).to(t)
-                t.copy_(torch.where(per_slot(hyper.lr > 0, t), moved, t))
-        adam = adam or others(sites)
-        if adam:
-            adamw_step(self, adam, hyper, self.beta1, self.beta2, self.eps)
+        if self.moments == "pair":
+            near = [with_gradients(site, site.g | self.closest(site, site.g)) for site in sites]
+            AdamW.step(self, near, hyper)
+        else:
+            super().step(sites, hyper)
 
-    def closest(self, site: SiteState, g_A: Tensor, g_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (g^A, g^B) in fp64 from the gradients of A and B."""
+    def memory(self, site: SiteState) -> Tensors:
+        if self.moments == "none":
+            return {}
+        zero = torch.zeros_like(site.t["B"] @ site.t["A"])
+        return {"m.W": zero, "v.W": zero.clone()}
+
+    def step_pair(self, site: SiteState, hyper: Hyper) -> None:
+        g = self.closest(site, site.g)
+        if self.moments == "full":
+            g = self.closest(site, self.adapted(site, g))
+        # W itself decays by 1 - lr decay in the paper; W is never touched here, but B A is, each
+        # factor by the root.
+        kept = (1 - hyper.lr * hyper.weight_decay).clamp_min(0).sqrt()
+        for name, near in g.items():
+            t = site.t[name]
+            move(t, per_slot(kept, t) * t - per_slot(hyper.lr, t) * near, hyper.lr > 0)
+
+    def closest(self, site: SiteState, g: Tensors) -> Tensors:
+        """Return g^A and g^B, worked out in fp64, from the gradients g of A and B."""
         A, B = site.t["A"].double(), site.t["B"].double()
         by_A, by_B = inverse_gram(A.mT, self.damping), inverse_gram(B, self.damping)
-        share = per_slot(site.scale.double(), A) ** -2
-        g_A, g_B = share * (by_B @ g_A), share * (g_B @ by_A)
+        s = per_slot(site.scale.double(), A)
+        g_A, g_B = by_B @ g["A"].double() / s**2, g["B"].double() @ by_A / s**2
+        X = torch.zeros_like(by_A)
         if self.x == "sylvester":
             X = sylvester(B.mT @ B, A @ A.mT, -g_A @ A.mT)
         elif self.x == "symmetry":
             # Half of what both share; the authors' code multiplies by A Aᵀ in place of its inverse.
             X = -0.5 * by_B @ (B.mT @ g_B)
-        else:
-            X = torch.zeros_like(by_A)
-        return g_A + X @ A, g_B - B @ (by_B @ (B.mT @ g_B)) - B @ X
+        near = {"A": g_A + X @ A, "B": g_B - B @ (by_B @ (B.mT @ g_B)) - B @ X}
+        return {name: x.to(site.t[name]) for name, x in near.items()}
 
-    def adapted(
-        self, site: SiteState, g_A: Tensor, g_B: Tensor, hyper: Hyper
-    ) -> tuple[Tensor, Tensor]:
-        """Return (g^A, g^B) after AdamW's moments of their effect on W."""
+    def adapted(self, site: SiteState, g: Tensors) -> Tensors:
+        """Return what AdamW makes of the effect of g^A and g^B on W, as gradients of A and B."""
         A, B, state = site.t["A"], site.t["B"], site.state
         s = per_slot(site.scale.to(A), A)
-        full = torch.cat([B, g_B.to(B)], -1) @ torch.cat([s * g_A.to(A), s * A], -2)
-        if "m.W" not in state:
-            state["turns"] = torch.zeros_like(hyper.lr)
-            state["m.W"], state["v.W"] = torch.zeros_like(full), torch.zeros_like(full)
-        state["turns"] += 1
-        m = state["m.W"].lerp_(full, 1 - self.beta1)
-        v = state["v.W"].mul_(self.beta2).addcmul_(full, full, value=1 - self.beta2)
+        effect = torch.cat([B, g["B"]], -1) @ torch.cat([s * g["A"], s * A], -2)  # s (B gA + gB A)
+        m = state["m.W"].lerp_(effect, 1 - self.beta1)
+        v = state["v.W"].mul_(self.beta2).addcmul_(effect, effect, value=1 - self.beta2)
         turns = state["turns"].double()
-        one, two = (per_slot(1 - b**turns, full).to(full) for b in (self.beta1, self.beta2))
-        g = m / ((v / two).sqrt_().add_(self.eps).mul_(one))
-        return self.closest(site, (s * (B.mT @ g)).double(), (s * (g @ A.mT)).double())
-
-
-def sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
-    """Return X with P X + X Q = C for symmetric, positive semi-definite P and Q."""
-    (p, U), (q, V) = eigen(P), eigen(Q)
-    sums = p.clamp_min(0)[..., :, None] + q.clamp_min(0)[..., None, :]
-    return U @ ((U.mT @ C @ V) / sums.clamp_min(torch.finfo(sums.dtype).tiny)) @ V.mT
+        one, two = (per_slot(1 - b**turns, m).to(m) for b in (self.beta1, self.beta2))
+        adam = m / (v / two).sqrt_().add_(self.eps).mul_(one)
+        return {"A": s * (B.mT @ adam), "B": s * (adam @ A.mT)}
 
 
 register("lora_pro", "optimization", __doc__, LoRA(), rule=LoRAPro())

@@ -1,4 +1,4 @@
-"""LoRA-RITE, arXiv 2410.20625, algorithm 1: adaptive steps of Z = A Bᵀ, whatever the split.
+"""LoRA-RITE: adaptive steps of Z = A Bᵀ that are the same whatever the split into A and B.
 
 With polar decompositions A = U_A R_A and B = U_B R_B, for A (and likewise for B):
 
@@ -21,24 +21,24 @@ the change of basis lost. The paper's Z = A Bᵀ is our B A.
     of the paper, and a test of the invariance it proves
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Rule, SiteState
-from loralab.training.adamw import adamw_step, check_moments, per_slot
-from loralab.training.gram import eigen, others, turned
+from loralab.methods.optimization._pairs import OTHER, PairRule, halves, move, polar
+from loralab.recipe import Hyper, SiteState, Tensors
+from loralab.training.adamw import per_slot
+from loralab.training.gram import eigen, turned
 
 
 @dataclass(frozen=True)
-class LoRARite(Rule):
-    """Transformation-invariant adaptive steps for a pair; other tensors take plain AdamW.
+class LoRARite(PairRule):
+    """Transformation-invariant adaptive steps.
 
     Args:
         eps: added to the root of V + ρ, and the share of its largest singular value below which a
@@ -48,91 +48,56 @@ class LoRARite(Rule):
             times longer.
     """
 
-    pair_only: ClassVar[bool] = True
-    trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    inverts: ClassVar[bool] = True
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     escape: bool = True
     mean_rows: bool = False
 
-    def __post_init__(self) -> None:
-        check_moments(self)
+    def memory(self, site: SiteState) -> Tensors:
+        # In the polar basis and not along ranks, which `resize` may change: hence "_", not ".".
+        A, B = turned("A", site.t["A"]), turned("B", site.t["B"])
+        square = (B.mT @ B).double()
+        alike = {"m_A": A, "m_B": B, "basis_A": B, "basis_B": A, "v_A": square, "v_B": square}
+        alike |= dict.fromkeys(("escaped_A", "escaped_B"), square[:, 0, 0])
+        return {name: torch.zeros_like(x) for name, x in alike.items()}
 
-    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        if rest := others(sites):
-            adamw_step(self, rest, hyper, self.beta1, self.beta2, self.eps)
-        for site in sites:
-            if "turns" not in site.state:
-                site.state["turns"] = torch.zeros_like(hyper.lr)
-            site.state["turns"] += 1
-            A, B = turned("A", site.t["A"]), site.t["B"]
-            steps = self._half(site, "A", B), self._half(site, "B", A)
-            for factor, step in zip((A, B), steps, strict=True):
-                decay = per_slot(hyper.weight_decay, factor) * factor
-                moved = factor - per_slot(hyper.lr, factor) * (step + decay)
-                factor.copy_(torch.where(per_slot(hyper.lr > 0, factor), moved, factor))
+    def step_pair(self, site: SiteState, hyper: Hyper) -> None:
+        steps = {name: self._half(site, name) for name in OTHER}
+        for name, step in steps.items():
+            U = turned(name, site.t[name])
+            decay = per_slot(hyper.weight_decay, U) * U
+            move(U, U - per_slot(hyper.lr, U) * (step + decay), hyper.lr > 0)
 
-    def _half(self, site: SiteState, name: str, V: Tensor) -> Tensor:
-        """Return the step [K, p, r] of the factor called `name`; V is the other one."""
-        state = site.state
+    def _half(self, site: SiteState, name: str) -> Tensor:
+        """Return M R_V^-ᵀ, the step of U [K, p, r]."""
+        state, (_, g, V) = site.state, halves(site, name)
+        parts = ("m_", "v_", "escaped_", "basis_")
+        m, old, escaped, basis = (state[part + name].double() for part in parts)
+        # Decays with which running means need no further bias correction.
+        turns, betas = state["turns"].double(), (self.beta1, self.beta2)
+        one, two = (b * (1 - b ** (turns - 1)) / (1 - b**turns) for b in betas)
         U, inverse = polar(V, self.eps)
-        g = turned(name, site.g[name]).double() @ inverse
-        # All in the polar basis and not along ranks, which `resize` may change: hence "_".
-        if "v_" + name not in state:
-            state["m_" + name] = torch.zeros_like(site.t[name])
-            state["v_" + name] = torch.zeros_like(inverse)
-            state["escaped_" + name] = torch.zeros_like(inverse[..., 0, 0])
-            state["basis_" + name] = U.to(V)
-        P = U.mT @ state["basis_" + name].double()
-        turns = state["turns"].double()
-        one, two = (_decay(beta, turns) for beta in (self.beta1, self.beta2))
-        old = state["v_" + name]
+        g = g.double() @ inverse
+        P = U.mT @ basis
         carried = P @ old @ P.mT
         square = g.mT @ g / (g.shape[-2] if self.mean_rows else 1)
         second = per_slot(two, old) * carried + per_slot(1 - two, old) * square
-        escaped = state["escaped_" + name]
         if self.escape:
             escaped = two * (escaped + _lost(old, carried))
         root, Q = eigen(second)
         root = (root.clamp_min(0) + per_slot(escaped, root)).sqrt() + self.eps
         S = g @ (Q / root.unsqueeze(-2)) @ Q.mT
-        m = turned(name, state["m_" + name]).double() @ P.mT
-        m = per_slot(one, g) * m + per_slot(1 - one, g) * S
-        state["m_" + name] = turned(name, m).to(V)
-        state["v_" + name], state["escaped_" + name] = second, escaped
-        state["basis_" + name] = U.to(V)
+        m = per_slot(one, g) * (m @ P.mT) + per_slot(1 - one, g) * S
+        kept = zip(parts, (m.to(V), second, escaped, U.to(V)), strict=True)
+        state.update({part + name: x for part, x in kept})
         return (m @ inverse.mT).to(V)
 
 
-def polar(V: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return U [*, p, r] and R⁺ [*, r, r] of V = U R with R = (VᵀV)^½, in fp64.
-
-    Directions that V lacks are 0 in both, as with a pseudo-inverse.
-    """
-    V = V.double()
-    squares, Q = eigen(V.mT @ V)
-    present = squares > (eps**2 * squares[..., -1:]).clamp_min(torch.finfo(squares.dtype).tiny)
-    inverse = torch.where(present, squares.clamp_min(0).rsqrt(), 0.0)
-    inverse = (Q * inverse.unsqueeze(-2)) @ Q.mT
-    return V @ inverse, inverse
-
-
 def _lost(old: Tensor, new: Tensor) -> Tensor:
-    """Return the mass that escaped, d(old, new) [*]."""
+    """Return d(old, new) [*], the mass that escaped; a `resize` between them changes their size."""
     n = max(old.shape[-1], new.shape[-1])
-    both = [F.pad(x, (0, n - x.shape[-1]) * 2).nan_to_num(0.0, 0.0, 0.0) for x in (old, new)]
-    both = torch.linalg.eigvalsh(torch.stack(both))
-    largest = (both[0] - both[1]).amax(-1)
-    trace = old.diagonal(dim1=-2, dim2=-1).sum(-1) - new.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return torch.minimum(largest.clamp_min(0), trace.clamp_min(0))
-
-
-def _decay(beta: float, turns: Tensor) -> Tensor:
-    """Return the decay with which a running mean needs no further bias correction."""
-    return beta * (1 - beta ** (turns - 1)) / (1 - beta**turns)
+    values, _ = eigen(torch.stack([F.pad(x, (0, n - x.shape[-1]) * 2) for x in (old, new)]))
+    gaps = values[0] - values[1]
+    return torch.minimum(gaps.amax(-1), gaps.sum(-1)).clamp_min(0)
 
 
 register("lora_rite", "optimization", __doc__, LoRA(), rule=LoRARite())

@@ -1,9 +1,9 @@
-"""LoRAN, Findings of EMNLP 2024 (and arXiv 2509.21870): dW = s Sinter(B A), element by element.
+"""LoRAN: dW = s Sinter(B A), element by element, with Sinter(z) = z + a sin(f z) z.
 
-Sinter(z) = z + a sin(f z) z, a structured perturbation without further parameters. By its abstract
-the function is to fit the accumulated weight updates, so here it acts on B A and can be merged; the
-survey arXiv 2601.22708 and LoRAFactory let it act on the branch's output: `LoRANOutput`. The
-paper's a and f were not to be had; 1 and 1 are LoRAFactory's.
+A structured perturbation without further parameters. By its abstract the function is to fit the
+accumulated weight updates, so here it acts on B A and can be merged; the survey arXiv 2601.22708
+and LoRAFactory let it act on the branch's output: `LoRANOutput`. The paper (also arXiv 2509.21870)
+was not to be had, nor its a and f; 1 and 1 are LoRAFactory's.
 
 :summary: A sine-perturbed low-rank product: more rank at LoRA's count
 :equation: dW = s (Z + a sin(f Z) Z), Z = B A
@@ -21,19 +21,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from loralab.bounds import NonNegative
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
-def sinter(z: Tensor, amplitude: float, frequency: float) -> Tensor:
-    """Return z + a sin(f z) z."""
-    return z * (1 + amplitude * (frequency * z).sin())
-
-
 @dataclass(frozen=True)
-class LoRAN(Form):
-    """A non-linear function of the low-rank product.
+class Sinter(Form):
+    """A pair and a non-linear function for what it gives.
 
     Args:
         amplitude: a; 0 is LoRA.
@@ -43,32 +39,33 @@ class LoRAN(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     rank_axis: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
 
-    amplitude: float = 1.0
-    frequency: float = 1.0
+    amplitude: NonNegative = 1.0
+    frequency: NonNegative = 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         return plain_pair(site, evidence)
 
-    def delta(self, t: Tensors, site: Site) -> Tensor:
-        return sinter(t["B"] @ t["A"], self.amplitude, self.frequency)
+    def sinter(self, z: Tensor) -> Tensor:
+        """Return z + a sin(f z) z."""
+        return z * (1 + self.amplitude * (self.frequency * z).sin())
 
 
 @dataclass(frozen=True)
-class LoRANOutput(Form):
+class LoRAN(Sinter):
+    """Sinter of the low-rank product."""
+
+    def delta(self, t: Tensors, site: Site) -> Tensor:
+        return self.sinter(t["B"] @ t["A"])
+
+
+@dataclass(frozen=True)
+class LoRANOutput(Sinter):
     """The survey's reading, y = W x + s Sinter(B A x): not linear in x, so not mergeable."""
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    rank_axis: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
 
-    amplitude: float = 1.0
-    frequency: float = 1.0
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        return plain_pair(site, evidence)
-
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        return sinter((x @ t["A"].mT) @ t["B"].mT, self.amplitude, self.frequency)
+        return self.sinter((x @ t["A"].mT) @ t["B"].mT)
 
 
 register("loran", "optimization", __doc__, LoRAN())

@@ -1,4 +1,4 @@
-"""MiSS, arXiv 2409.15371, eqs. 2 to 7: y = W0 x + expand(D) x, where D is the only trained matrix.
+"""MiSS: y = W0 x + expand(D) x, where D is the only trained matrix.
 
 Its efficient form, which all its experiments run: D [out, r] times S = Σ_g x^(g), the sum over the
 input's blocks of r entries each, so that expand(D) repeats D along the input. Eq. 3's own shards
@@ -16,13 +16,12 @@ repeat rows of D [r, in] along the output. Earlier versions of the paper are cal
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loralab.errors import UserError
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
 
@@ -40,11 +39,7 @@ class MiSS(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"D"})
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
-    shards: str = "inputs"
-
-    def __post_init__(self) -> None:
-        if self.shards not in ("inputs", "outputs"):
-            raise UserError(f"shards of MiSS are 'inputs' or 'outputs', not {self.shards!r}")
+    shards: Literal["inputs", "outputs"] = "inputs"
 
     def scale(self, alpha: float, rank: int) -> float:
         return 1.0

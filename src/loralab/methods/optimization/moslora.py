@@ -1,6 +1,6 @@
-"""MoSLoRA, arXiv 2406.11909, section 3: dW = s B W_mix A with a trained r x r mixer W_mix.
+"""MoSLoRA: dW = s B W_mix A with a trained r x r mixer W_mix.
 
-B A is Σ_i b_i a_iᵀ; the mixer joins every b_i with every a_j. LoRA is W_mix = I.
+B A is Σ_i b_i a_iᵀ; the mixer M joins every b_i with every a_j. LoRA is W_mix = I.
 
 :summary: A trained r x r mixer between A and B
 :equation: dW = s B M A, M [r, r]
@@ -14,12 +14,11 @@ B A is Σ_i b_i a_iᵀ; the mixer joins every b_i with every a_j. LoRA is W_mix 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
 from loralab.recipe import Evidence, Form, Site, Tensors
@@ -43,11 +42,7 @@ class MoSLoRA(Form):
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "M"})
 
-    mixer: str = "kaiming"
-
-    def __post_init__(self) -> None:
-        if self.mixer not in ("kaiming", "orthogonal"):
-            raise UserError(f"mixer of MoSLoRA is 'kaiming' or 'orthogonal', not {self.mixer!r}")
+    mixer: Literal["kaiming", "orthogonal"] = "kaiming"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return LoRA's A and B = 0, and the mixer M [r, r]."""

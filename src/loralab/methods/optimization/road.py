@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loralab.bounds import Bound
+from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
@@ -37,7 +38,6 @@ class RoAd(Form):
     """
 
     any_rank: ClassVar[bool] = True
-    recomputed: ClassVar[frozenset[str]] = frozenset({"outer"})  # turned copies of y
 
     variant: Literal[1, 2, 4] = 1
     group: Annotated[int, Bound("an even number", lambda v: v > 0 and v % 2 == 0)] = 2
@@ -54,19 +54,25 @@ class RoAd(Form):
         return {"alpha": evidence.weight.new_ones(shape), "theta": evidence.weight.new_zeros(shape)}
 
     def outer(self, t: Tensors, y: Tensor, site: Site) -> Tensor:
-        halves = (1 if self.variant == 1 else 2, self.group // 2)
-        alpha, theta = (t[name].unflatten(-1, (-1, *halves)) for name in ("alpha", "theta"))
+        # A pair is a complex number h, its block the map h -> p h + q conj(h): one pass over y.
+        pairs = wide(y).unflatten(-1, (-1, 2, self.group // 2)).transpose(-2, -1)
+        h, (first, second) = torch.view_as_complex(pairs.contiguous()), self.rows(t)
+        z = ((first + second) / 2).unsqueeze(-3) * h  # pack axes stand before the rows of y
+        if self.variant > 1:
+            z = z + ((first - second).conj() / 2).unsqueeze(-3) * h.conj()
+        return torch.view_as_real(z).transpose(-2, -1).flatten(-3).to(y.dtype)
+
+    def rows(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        """Return α (cos θ + i sin θ) of both rows of every block, [*, groups, group / 2] each."""
+        alpha, theta = wide(t["alpha"]), wide(t["theta"])
         if self.variant == 4:
-            alpha_c, alpha_s = alpha.unbind(-4)
-            cos, sin = theta.unbind(-4)
+            (a_cos, a_sin), (cos, sin) = alpha.unbind(-2), theta.unbind(-2)
         else:
-            alpha_c, alpha_s, cos, sin = alpha, alpha, theta, theta
-        along, across = alpha_c * cos.cos(), alpha_s * sin.sin()  # [*, groups, 1 or 2, group / 2]
-        h = y.unflatten(-1, (-1, 2, self.group // 2))
-        turned = torch.stack([-h[..., 1, :], h[..., 0, :]], -2)
-        # Pack axes stand before the rows of y, groups behind them.
-        z = along.unsqueeze(-4) * h + across.unsqueeze(-4) * turned
-        return z.flatten(-3).to(y.dtype)
+            a_cos, a_sin, cos, sin = alpha, alpha, theta, theta
+        e = torch.complex(a_cos * cos.cos(), a_sin * sin.sin())
+        halves = 1 if self.variant == 1 else 2
+        e = e.unflatten(-1, (-1, halves, self.group // 2))
+        return e[..., 0, :], e[..., -1, :]
 
     def bias(self, t: Tensors, b: Tensor, site: Site) -> Tensor:
         return self.outer(t, b[None], site).squeeze(-2)

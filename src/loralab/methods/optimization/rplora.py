@@ -1,5 +1,5 @@
-"""Riemannian preconditioned LoRA (scaled AdamW), arXiv 2402.02347: W = W0 + B A, and
-∇A ← (BᵀB + δI)⁻¹ ∇A, ∇B ← ∇B (AAᵀ + δI)⁻¹ before an AdamW step.
+"""Riemannian preconditioned LoRA (scaled AdamW): ∇A ← (BᵀB + δI)⁻¹ ∇A and ∇B ← ∇B (AAᵀ + δI)⁻¹
+before an AdamW step.
 
 The preconditioner is the metric of the space of rank-r matrices; it makes the step of B A
 independent of how B A is split. Both factors are those at which the gradients were taken; the
@@ -21,35 +21,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loralab.errors import UserError
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.recipe import Hyper, Rule, SiteState
-from loralab.training.adamw import adamw_step, check_moments
+from loralab.recipe import Hyper, SiteState
+from loralab.training.adamw import AdamW
 from loralab.training.gram import inverse_gram, with_gradients
 
 
 @dataclass(frozen=True)
-class ScaledAdamW(Rule):
+class ScaledAdamW(AdamW):
     """AdamW on preconditioned gradients of a pair; other tensors take plain AdamW.
 
     Args:
-        damping: δ on both Gram matrices, positive; 1e-6 in the authors' code, 1e-2 in PEFT.
+        damping: δ on both Gram matrices; 1e-6 in the authors' code, 1e-2 in PEFT.
     """
 
     pair_only: ClassVar[bool] = True
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     inverts: ClassVar[bool] = True
 
-    damping: float = 1e-6
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_moments(self)
-        if not self.damping > 0:
-            raise UserError(f"damping of scaled AdamW must be positive, not {self.damping!r}")
+    damping: Positive = 1e-6
+    eps: Positive = 1e-6
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
         seen = []
@@ -60,7 +53,7 @@ class ScaledAdamW(Rule):
                 "B": site.g["B"] @ inverse_gram(A.mT, self.damping).to(B),
             }
             seen.append(with_gradients(site, site.g | scaled))
-        adamw_step(self, seen, hyper, self.beta1, self.beta2, self.eps)
+        super().step(seen, hyper)
 
 
 register("rplora", "optimization", __doc__, LoRA(), rule=ScaledAdamW(), aliases=("riemannian",))

@@ -1,4 +1,4 @@
-"""rsLoRA, arXiv 2312.03732: h = W x + γ_r B A x with γ_r = α / √r.
+"""rsLoRA: h = W x + γ_r B A x with γ_r = α / √r.
 
 Definition 3.1 asks for outputs and input gradients that neither vanish nor grow with r; theorem 3.2
 gives γ_r ∈ Θ(1/√r). Only the scale differs from LoRA.

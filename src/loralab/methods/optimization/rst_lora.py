@@ -1,4 +1,4 @@
-"""RST-LoRA, arXiv 2405.00657, section 4.2: h ← h + s B A (x ⊙ (1 + γ)), γ >= 0 the weight of each
+"""RST-LoRA: h ← h + s B A (x ⊙ (1 + γ)), γ >= 0 the weight of each
 token, which the paper derives from the rhetorical structure of the document (RST).
 
 The weights are the user's: `adapter.given(token_weights=γ)` with γ [rows, tokens],
@@ -25,30 +25,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from loralab.methods import register
-from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
+from loralab.methods.expansion.lora import plain_pair
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
 class RSTLoRA(Form):
-    """A pair whose input is weighted token by token.
-
-    Args:
-        scaling: as in LoRA.
-    """
+    """A pair whose input is weighted token by token."""
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     rank_axis: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
     reads: ClassVar[frozenset[str]] = frozenset({"token_weights"})
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D"})
-
-    scaling: str = "alpha/r"
-
-    def __post_init__(self) -> None:
-        check_scaling(self.scaling)
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return scale_of(self.scaling, alpha, rank)
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         return plain_pair(site, evidence)

@@ -1,11 +1,10 @@
-"""SD-LoRA, arXiv 2501.13198, eq. 4: h' = (W0 + Σ_k α_k A_k B_k / ‖A_k B_k‖_F) x.
+"""SD-LoRA: h' = (W0 + Σ_k α_k A_k B_k / ‖A_k B_k‖_F) x, the paper's A B being our B A.
 
-One direction per task k, frozen when the task is over, and a magnitude α_k that goes on being
-trained. (The paper writes A B for our B A.) The present direction is not normalised while it is
-trained, as in the authors' code: with B = 0 it has no norm, and step 0 is the base. When the task
-ends, α_t takes the norm over, so that the function stays. The paper shares the magnitudes among
-layers; here each layer has its own, since the norms differ. Its variants with falling ranks and
-with absorbed directions are not offered.
+The present direction is not normalised while it is trained, as in the authors' code: with B = 0 it
+has no norm, and step 0 is the base. When the task ends, α_t takes the norm over, so that the
+function stays. The paper shares the magnitudes among layers; here each layer has its own, since the
+norms differ. They begin at 1, in the authors' code at 0.8. The variants with falling ranks and with
+absorbed directions are not offered.
 
 :summary: Continual learning: frozen directions of earlier tasks, magnitudes still trained
 :equation: dW = s (alpha_1 B_1 A_1 / |B_1 A_1|_F + ... + alpha_t B_t A_t)
@@ -27,44 +26,38 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.expansion.cola import forget
-from loralab.methods.expansion.lora import check_scaling, plain_pair, scale_of
-from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
+from loralab.methods.expansion._phases import forget
+from loralab.methods.expansion.lora import Pair
+from loralab.methods.optimization._pairs import product_norm
+from loralab.recipe import Evidence, Schedule, Site, SiteState, Tensors
+from loralab.training.adamw import per_slot
+
+OWN = frozenset({"A", "B", "alpha", "A_old", "B_old", "alpha_old"})
 
 
 @dataclass(frozen=True)
-class Directions(Form):
+class Directions(Pair):
     """The present pair with its magnitude, and the frozen directions of the tasks before.
 
     Args:
         n_tasks: how many tasks there will be; all directions are there from the start.
-        scaling: as in LoRA.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha", "A_old", "B_old", "alpha_old"})
+    pair: ClassVar[bool] = False
+    owns: ClassVar[frozenset[str]] = OWN
     frozen: ClassVar[frozenset[str]] = frozenset({"A_old", "B_old"})
 
-    n_tasks: int = 1
-    scaling: str = "alpha/r"
-
-    def __post_init__(self) -> None:
-        check_scaling(self.scaling)
-        if self.n_tasks < 1:
-            raise UserError(f"SD-LoRA needs at least one task, not {self.n_tasks}")
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return scale_of(self.scaling, alpha, rank)
+    n_tasks: Count = 1
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A, B and alpha [1] = 1, and room for the directions of n_tasks - 1 tasks."""
-        t = plain_pair(site, evidence)
-        t["alpha"] = evidence.weight.new_ones(1)  # 0.8 in the authors' code
-        if self.n_tasks > 1:
-            n, r = self.n_tasks - 1, site.rank
-            t["A_old"] = evidence.weight.new_zeros(n * r, site.d_in)
-            t["B_old"] = evidence.weight.new_zeros(site.d_out, n * r)
+        t = super().init(site, evidence) | {"alpha": evidence.weight.new_ones(1)}
+        if n := self.n_tasks - 1:
+            t["A_old"] = evidence.weight.new_zeros(n * site.rank, site.d_in)
+            t["B_old"] = evidence.weight.new_zeros(site.d_out, n * site.rank)
             t["alpha_old"] = evidence.weight.new_ones(n)
         return t
 
@@ -81,11 +74,11 @@ class NextDirection(Schedule):
     """Freeze the present direction and begin another one.
 
     Args:
-        restart_magnitudes: all of them begin each task at 1, as the authors' code restarts them;
-            the function then jumps at the border of two tasks.
+        restart_magnitudes: all of them, old and new, begin each further task at 0.8, as in the
+            authors' code; the function then jumps at the border of two tasks.
     """
 
-    singles_out: ClassVar[frozenset[str]] = frozenset({"A_old", "B_old", "alpha_old", "alpha"})
+    singles_out: ClassVar[frozenset[str]] = OWN - {"A", "B"}
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha"})
     changes: ClassVar[frozenset[str]] = frozenset({"A_old", "B_old"})
 
@@ -93,39 +86,31 @@ class NextDirection(Schedule):
 
     @torch.no_grad()
     def next_task(self, sites: Sequence[SiteState], count: int) -> None:
-        """Normalise the direction of task `count` - 1 into its place among the old ones.
-
-        Raises:
-            UserError: there are more tasks than the Form has room for.
-        """
-        n = sites[0].t["alpha_old"].shape[-1] if "alpha_old" in sites[0].t else 0
-        if count > n:
+        """Normalise the direction of task `count` - 1 into its place among the old ones."""
+        n_old = sites[0].t["alpha_old"].shape[-1] if "alpha_old" in sites[0].t else 0
+        if count > n_old:
             raise UserError(
-                f"SD-LoRA was made for n_tasks = {n + 1} and cannot begin task {count + 1}; set "
-                "n_tasks to the length of the sequence"
+                f"SD-LoRA was made for n_tasks = {n_old + 1} and cannot begin task {count + 1}; "
+                "set n_tasks to the length of the sequence"
             )
         for site in sites:
-            A, B, alpha, old = site.t["A"], site.t["B"], site.t["alpha"], site.t["alpha_old"]
-            r = A.shape[-2]
+            A, B, alpha, alpha_old = (site.t[name] for name in ("A", "B", "alpha", "alpha_old"))
+            r, norm = A.shape[-2], product_norm(B, A)
             here = slice((count - 1) * r, count * r)
-            norm = _product_norm(B, A)
+            direction = B / per_slot(norm.clamp_min(torch.finfo(B.dtype).tiny), B)
             site.fixed["A_old"][..., here, :] = A
-            site.fixed["B_old"][..., here] = B / norm.clamp_min(torch.finfo(B.dtype).tiny)
-            old[..., count - 1] = (alpha * norm[..., 0])[..., 0]
-            if self.restart_magnitudes:
-                old.fill_(1.0)
+            site.fixed["B_old"][..., here] = direction
+            alpha_old[..., count - 1] = alpha[..., 0] * norm
             alpha.fill_(1.0)
+            if self.restart_magnitudes:
+                alpha.fill_(0.8)
+                alpha_old.fill_(0.8)
             B.zero_()
             for slot, values in enumerate(A):
                 generator = site.generator(slot, "A", count)
                 draw = torch.rand(values.shape, generator=generator, dtype=torch.float64)
                 values.copy_((2 * draw - 1) * site.site.d_in**-0.5)
             forget(site)
-
-
-def _product_norm(B: Tensor, A: Tensor) -> Tensor:
-    """Return ‖B A‖_F [K, 1, 1] of B [K, m, r] and A [K, r, n], without the product."""
-    return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
 
 
 register("sd_lora", "optimization", __doc__, Directions(), schedule=NextDirection())

@@ -1,7 +1,7 @@
-"""SHiRA, arXiv 2406.13175, section 3.1: W_new = W + S, S trained only where a fixed mask M is 1.
+"""SHiRA: W_new = W + S, where S is trained only where a fixed mask M is 1.
 
-The masks of section 3.1 and appendix B: "rand" at random, "wm" the largest |W|, "grad" the largest
-|∇W|, "snip" the largest |W ∘ ∇W|, "struct" every f-th row and the diagonal.
+It trains as many entries as LoRA would at that rank, as the authors' PEFT code does; the paper says
+1 to 2 % of W.
 
 :summary: Trains a fixed sparse choice of W's own entries
 :equation: dW = M ∘ S with r (in + out) entries of M at 1, S0 = 0
@@ -17,42 +17,35 @@ The masks of section 3.1 and appendix B: "rand" at random, "wm" the largest |W|,
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError, near_misses
+from loralab.bounds import OneOf
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
 
-MASKS = ("rand", "wm", "grad", "snip", "struct")
+MASKS = ("rand", "wm", "grad", "snip", "struct")  # section 3.1 and appendix B
 
 
 @dataclass(frozen=True)
 class SHiRA(Form):
     """Some entries of W, chosen once.
 
-    As many as LoRA would train at that rank, r (in + out), as in the authors' PEFT code; the paper
-    says 1 to 2 % of W.
-
     Args:
-        mask: see above. The paper prefers none; "rand" needs no data and is PEFT's.
+        mask: "rand" at random, "wm" the largest |W|, "grad" the largest |∇W|, "snip" the largest
+            |W ∘ ∇W|, "struct" every f-th row and the diagonal. The paper prefers none; "rand" needs
+            no data and is PEFT's.
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
-    mask: str = "rand"
-
-    def __post_init__(self) -> None:
-        if self.mask not in MASKS:
-            hint = near_misses(self.mask, MASKS) or f"; one of {', '.join(MASKS)}"
-            raise UserError(f"unknown mask {self.mask!r} of SHiRA{hint}")
+    mask: Annotated[str, OneOf(MASKS)] = "rand"
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Two of the masks look at the gradient of W."""
         return frozenset({"gradient"}) if self.mask in ("grad", "snip") else frozenset()
 
     def scale(self, alpha: float, rank: int) -> float:

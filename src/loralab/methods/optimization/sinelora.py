@@ -1,8 +1,8 @@
-"""SineLoRA, arXiv 2403.19243: dW = s sin(ω B A) / g, element by element, with fixed ω and g.
+"""SineLoRA: dW = s sin(ω B A) / g, element by element, with fixed ω and g.
 
 The sine raises the rank: for a large ω that of sin(ω B A) exceeds that of B A. It acts on the
-matrix, so the update can be merged. The paper's text was not to be had: the formula is that of its
-public summaries and of a pull request to PEFT (g = √n for n inputs); ω = 200 is our choice.
+matrix, so the update can be merged. g = √n for n inputs, as in the authors' code, which has no
+default for ω: 200 is our choice, one of the values in the paper's ablation by its public reviews.
 
 :summary: The sine of a low-rank product: full rank at LoRA's count, still mergeable
 :equation: dW = s sin(omega B A) / sqrt(in)
@@ -11,8 +11,8 @@ public summaries and of a pull request to PEFT (g = √n for n inputs); ω = 200
 :title: Efficient Learning with Sine-Activated Low-Rank Matrices
 :authors: Yiping Ji, Hemanth Saratchandran, Cameron Gordon, Zeyu Zhang, Simon Lucey
 :source: arXiv 2403.19243, 2024: section 3, sin(omega U V^T) / g
-:verified: public summaries and a pull request to PEFT (SineLoraLinearVariant); the paper's text was
-    not to be had
+:verified: authors' code (samy-ji/Sine-Low-Rank, llm/peft/src/peft/tuners/sinlora.py); the paper's
+    text was not to be had
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
 from loralab.recipe import Evidence, Form, Site, Tensors
@@ -38,14 +38,8 @@ class SineLoRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     rank_axis: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
 
-    omega: float = 200.0
-    g: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.omega > 0:
-            raise UserError(f"omega of SineLoRA must be positive, not {self.omega}")
-        if self.g is not None and not self.g > 0:
-            raise UserError(f"g of SineLoRA must be positive or None, not {self.g}")
+    omega: Positive = 200.0
+    g: Positive | None = None
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         return plain_pair(site, evidence)

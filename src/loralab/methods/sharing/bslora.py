@@ -1,4 +1,4 @@
-"""BSLoRA, ICML 2025 (PMLR 267:78883; not on arXiv): dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)).
+"""BSLoRA (PMLR 267:78883; not on arXiv): dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)).
 
 A, B are the layer's own, A_1, B_1 shared within a block, A_2, B_2 by the whole model. T fits the
 shared pairs to the layer: "slice" cuts the middle out of a pair of the largest size; "gate" is
@@ -6,31 +6,31 @@ g_ou g_od (B A) g_iu g_id, with vectors g of the layer; "kron" is (K_B ⊗ B)(K_
 
 :summary: A local pair beside one shared within the block and one shared by the model
 :equation: dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)), T = slice, gate or Kronecker product
-:trap: Alpha has no effect: the authors' code fixes the factor 2.
+:trap: Alpha has no effect: the authors' code fixes the factor at 2.
 :trap: The rank asked for is that of the model's pair; the local one is a quarter of it.
 :trap: Gates are vectors, so a gated pair has rank 1 whatever its own rank.
 :trap: The authors cut the middle of a shared pair, the survey's code its first rows.
 :title: BSLoRA: Enhancing the Parameter Efficiency of LoRA with Intra-Layer and Inter-Layer Sharing
 :authors: Yuhua Zhou, Ruifeng Li, Changhai Zhou, Fei Yang, Aimin Pan
 :source: ICML 2025, 2025: section 3
-:verified: authors' code (yuhua-zhou/BSLoRA, peft/tuners/share_lora/layer.py) and the survey arXiv
-    2601.22708; the paper's text was not to be had
+:verified: authors' code (yuhua-zhou/BSLoRA, peft/tuners/share_lora/layer.py, and its script and
+    README for the ranks) and the survey arXiv 2601.22708; the paper's text was not to be had
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count, OneOf, Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
 from loralab.recipe import Evidence, Form, Site, Tensors
 
-SIZES = {"slice": 0, "gate": 1024, "kron": 256}
-LEVELS = ("intra", "inter")
+SIZES = {"slice": 1, "gate": 1024, "kron": 256}  # S; a sliced pair has the layer's own sides
+LEVELS = ("_intra", "_inter")  # what the names of the shared pairs' tensors end with
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class BSLoRA(Form):
     """A local pair, one per block and one per model.
 
     Args:
-        transform: T: "slice", "gate" or "kron".
-        local: rank of the layer's own pair as a multiple of the rank asked for.
-        intra: the same of the pair within a block.
-        inter: the same of the model's pair. The defaults give the authors' 2, 4 and 8 at rank 8.
+        transform: T, see above.
+        local, intra, inter: ranks of the layer's, the block's and the model's pair as multiples of
+            that asked for. The defaults give 2, 4 and 8 at rank 8, as the authors' configuration
+            class does; the 2, 4 and 16 of their script are 0.125, 0.25 and 1 times 16.
         size: side of the shared pairs under "gate" and "kron"; None is the authors' 1024 and 256.
     """
 
@@ -52,53 +52,38 @@ class BSLoRA(Form):
         "B_inter": "model",
     }
 
-    transform: str = "kron"
-    local: float = 0.25
-    intra: float = 0.5
-    inter: float = 1.0
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.transform not in SIZES:
-            raise UserError(
-                f"transform of BSLoRA is one of {', '.join(SIZES)}, not {self.transform!r}"
-            )
-        if not (self.local > 0 and self.intra > 0 and self.inter > 0):
-            raise UserError("local, intra and inter of BSLoRA are positive multiples of the rank")
-        if self.size is not None and self.size < 1:
-            raise UserError(f"size of BSLoRA counts entries, so it is not {self.size}")
+    transform: Annotated[str, OneOf(SIZES)] = "kron"
+    local: Positive = 0.25
+    intra: Positive = 0.5
+    inter: Positive = 1.0
+    size: Count | None = None
 
     def scale(self, alpha: float, rank: int) -> float:
-        """Return 2, which the authors' code fixes whatever alpha is."""
         return 2.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return the three pairs, their B at 0, and the layer's gates or Kronecker factors."""
-        m, n, zeros = site.d_out, site.d_in, evidence.weight.new_zeros
-        S = self.size or SIZES[self.transform]
-        r = max(1, round(self.local * site.rank))
-        t = {"A": uniform(evidence, "A", r, n, bound=n**-0.5), "B": zeros(m, r)}
-        for level, share in zip(LEVELS, (self.intra, self.inter), strict=True):
+        m, n, S = site.d_out, site.d_in, self.size or SIZES[self.transform]
+        fitting = {
+            "slice": {},
+            "gate": {"g_id": (1, n), "g_iu": (S, 1), "g_od": (1, S), "g_ou": (m, 1)},
+            "kron": {"K_A": (1, -(-n // S)), "K_B": (-(-m // S), 1)},
+        }
+        t: Tensors = {}
+        for level, share in zip(("", *LEVELS), (self.local, self.intra, self.inter), strict=True):
             r = max(1, round(share * site.rank))
-            wide, high = (n, m) if self.transform == "slice" else (S, S)
-            name = f"A_{level}"
-            t |= {name: uniform(evidence, name, r, wide, bound=wide**-0.5)}
-            t |= {f"B_{level}": zeros(high, r)}
-            for part, shape in self._fitting(m, n, S).items():
-                name = f"{part}_{level}"
-                t |= {name: uniform(evidence, name, *shape, bound=shape[1] ** -0.5)}
+            high, wide = (S, S) if level and self.transform != "slice" else (m, n)
+            random = {"A": (r, wide)} | (fitting[self.transform] if level else {})
+            for name, shape in random.items():
+                name += level
+                t[name] = uniform(evidence, name, *shape, bound=shape[1] ** -0.5)
+            t[f"B{level}"] = evidence.weight.new_zeros(high, r)
         return t
-
-    def _fitting(self, m: int, n: int, S: int) -> dict[str, tuple[int, int]]:
-        """Return names and shapes of the layer's tensors in T."""
-        if self.transform == "gate":
-            return {"g_id": (1, n), "g_iu": (S, 1), "g_od": (1, S), "g_ou": (m, 1)}
-        return {"K_A": (1, -(-n // S)), "K_B": (-(-m // S), 1)} if self.transform == "kron" else {}
 
     def _fitted(self, t: Tensors, level: str, site: Site) -> tuple[Tensor, Tensor]:
         """Return the factors of T(B A)."""
         m, n = site.d_out, site.d_in
-        own = {k.removesuffix(f"_{level}"): v for k, v in t.items() if k.endswith(level)}
+        own = {k.removesuffix(level): v for k, v in t.items() if k.endswith(level)}
         A, B = own["A"], own["B"]
         if self.transform == "gate":
             return own["g_ou"] @ (own["g_od"] @ B), (A @ own["g_iu"]) @ own["g_id"]

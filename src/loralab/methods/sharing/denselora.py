@@ -1,5 +1,5 @@
-"""DenseLoRA, arXiv 2505.23808, section 3: h = W x + s Dec(M_i Enc(x)), Enc(x) = σ(A x),
-Dec(z) = σ(B z), with one encoder A and one decoder B per kind of layer and an r x r M_i per layer.
+"""DenseLoRA: h = W x + s Dec(M_i Enc(x)), Enc(x) = σ(A x), Dec(z) = σ(B z), with one encoder A and
+one decoder B per kind of layer and an r x r M_i per layer.
 
 The activation σ is GELU in the authors' code. The survey arXiv 2601.22708 has the formula without
 one, and then it can be merged: `recipe("denselora", form=LinearDenseLoRA())`.
@@ -25,51 +25,42 @@ from torch import Tensor
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair, uniform
+from loralab.methods.sharing._shared import cut
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
-def start(site: Site, evidence: Evidence) -> Tensors:
-    """Return A [r, in], B [out, r] = 0 and M [r, r], Kaiming-uniform."""
-    M = uniform(evidence, "M", site.rank, site.rank, bound=site.rank**-0.5)
-    return plain_pair(site, evidence) | {"M": M}
-
-
-def cut(t: Tensors, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, M and B in this site's sizes."""
-    A, B = t["A"][..., : site.rank, : site.d_in], t["B"][..., : site.d_out, : site.rank]
-    return A, t["M"], B
-
-
 @dataclass(frozen=True)
-class DenseLoRA(Form):
-    """A dense core between a shared encoder and a shared decoder, with GELU after both."""
+class SharedCoder(Form):
+    """The tensors of both forms."""
 
     shared: ClassVar[Mapping[str, str]] = {"A": "kind", "B": "kind"}
     owns: ClassVar[frozenset[str]] = frozenset({"A", "M", "B"})
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        """Return A [r, in], B [out, r] = 0 and M [r, r], Kaiming-uniform."""
+        M = uniform(evidence, "M", site.rank, site.rank, bound=site.rank**-0.5)
+        return plain_pair(site, evidence) | {"M": M}
+
+
+@dataclass(frozen=True)
+class DenseLoRA(SharedCoder):
+    """A dense core between a shared encoder and a shared decoder, with GELU after both."""
+
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
     recomputed: ClassVar[frozenset[str]] = frozenset({"branch"})  # outputs as wide as y
 
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        return start(site, evidence)
-
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        A, M, B = cut(t, site)
-        return F.gelu(F.gelu(x @ A.mT) @ M.mT @ B.mT)
+        B, A = cut(t, site)
+        return F.gelu(F.gelu(x @ A.mT) @ t["M"].mT @ B.mT)
 
 
 @dataclass(frozen=True)
-class LinearDenseLoRA(Form):
+class LinearDenseLoRA(SharedCoder):
     """The same without activations: dW = s B M_i A."""
 
-    shared: ClassVar[Mapping[str, str]] = {"A": "kind", "B": "kind"}
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "M", "B"})
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        return start(site, evidence)
-
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        A, M, B = cut(t, site)
-        return B @ M, A
+        B, A = cut(t, site)
+        return B @ t["M"], A
 
 
 register("denselora", "sharing", __doc__, DenseLoRA())

@@ -1,8 +1,8 @@
-"""PRoLoRA, arXiv 2402.16902, section 3: A = [A^u; A^s], A^s = [A_0, Roll(A_0, s_A), ...,
-Roll(A_0, (m - 1) s_A)], and B alike with n chunks; s_A = max(⌊(r - u) / m⌋, 1).
+"""PRoLoRA: A = [A^u; A^s], A^s = [A_0, Roll(A_0, s_A), ..., Roll(A_0, (m - 1) s_A)], B alike.
 
-Of r ranks, u are plain. The others are one trained chunk repeated along the hidden dimension, each
-copy rotated further along the ranks, so that no two stretches see the same directions.
+s_A = max(⌊(r - u) / m⌋, 1), and B has n chunks. Of r ranks, u are plain. The others are one trained
+chunk repeated along the hidden dimension, each copy rotated further along the ranks, so that no two
+stretches see the same directions.
 
 :summary: Within one adapter, rotated copies of a small chunk beside a few plain ranks
 :equation: A = [A_u; roll(A_0, i s_A) for i < m], B alike; dW = (alpha / r) B A
@@ -18,11 +18,12 @@ copy rotated further along the ranks, so that no two stretches see the same dire
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count, CountOrZero
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
@@ -43,16 +44,10 @@ class PRoLoRA(Form):
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "A0", "B0"})
 
-    unshared: int = 1
-    m: int = 2
-    n: int = 2
-    rotate: str = "rank"
-
-    def __post_init__(self) -> None:
-        if self.unshared < 0 or self.m < 1 or self.n < 1:
-            raise UserError("unshared of PRoLoRA is at least 0, and m and n are at least 1")
-        if self.rotate not in ("rank", "hidden"):
-            raise UserError(f"rotate of PRoLoRA is 'rank' or 'hidden', not {self.rotate!r}")
+    unshared: CountOrZero = 1
+    m: Count = 2
+    n: Count = 2
+    rotate: Literal["rank", "hidden"] = "rank"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A0 [r - u, in / m], B0 [out / n, r - u] = 0, and A [u, in], B [out, u] = 0."""
@@ -64,15 +59,12 @@ class PRoLoRA(Form):
         u, q, zeros = self.unshared, site.rank - self.unshared, evidence.weight.new_zeros
         # The bound is that of all inputs, not of the chunk: the "rectified" start.
         bound = site.d_in**-0.5
-        t = {
-            "A0": uniform(evidence, "A0", q, -(-site.d_in // self.m), bound=bound),
-            "B0": zeros(-(-site.d_out // self.n), q),
-        }
-        return (
-            t
-            | ({"A": uniform(evidence, "A", u, site.d_in, bound=bound)} if u else {})
-            | ({"B": zeros(site.d_out, u)} if u else {})
-        )
+        A0 = uniform(evidence, "A0", q, -(-site.d_in // self.m), bound=bound)
+        t = {"A0": A0, "B0": zeros(-(-site.d_out // self.n), q)}
+        if u:
+            A = uniform(evidence, "A", u, site.d_in, bound=bound)
+            t |= {"A": A, "B": zeros(site.d_out, u)}
+        return t
 
     def _spread(self, chunk: Tensor, copies: int, width: int) -> Tensor:
         """Return the rotated copies of chunk [*, q, c] side by side, [*, q, width]."""

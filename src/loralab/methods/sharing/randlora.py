@@ -1,4 +1,4 @@
-"""RandLoRA, arXiv 2502.00987, section 4: dW = s Σ_i B_i Λ_i A Γ_i, n random bases, n r = min(m, n).
+"""RandLoRA: dW = s Σ_i B_i Λ_i A Γ_i, n random bases, n r = min(m, n).
 
 B_i and A are random, frozen and shared by all layers; Λ_i (r numbers) and Γ_i (one number per unit
 of the layer's smaller side) are trained. Where the outputs are the smaller side, dW is transposed.

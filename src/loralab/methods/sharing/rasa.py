@@ -1,7 +1,5 @@
-"""RaSA, arXiv 2503.12576, section 2: dW_i = [B_i B_S] diag(D_i) [A_i; A_S].
-
-Each of a kind's L layers gives k of its r ranks to a pool of L k ranks, which all of them use, each
-with its own weights D_i. So a layer has r - k + L k ranks at LoRA's count of parameters.
+"""RaSA: each of a kind's L layers gives k of its r ranks to a pool of L k ranks, which all of them
+use, each with its own weights D_i. So a layer has r - k + L k ranks at LoRA's parameter count.
 
 :summary: Layers of a kind pool some of their ranks; every layer weights the whole pool
 :equation: dW_i = s [B_i B_S] diag(D_i) [A_i; A_S], rank r - k + L k
@@ -19,11 +17,12 @@ with its own weights D_i. So a layer has r - k + L k ranks at LoRA's count of pa
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
@@ -44,14 +43,8 @@ class RaSA(Form):
     shared: ClassVar[Mapping[str, str]] = {"A_pool": "kind", "B_pool": "kind"}
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "D", "A_pool", "B_pool"})
 
-    k: int | None = None
-    weights: str = "balanced"
-
-    def __post_init__(self) -> None:
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
-            raise UserError(f"k of RaSA counts ranks, so it is not {self.k!r}")
-        if self.weights not in ("balanced", "ones"):
-            raise UserError(f"weights of RaSA is 'balanced' or 'ones', not {self.weights!r}")
+    k: Count | None = None
+    weights: Literal["balanced", "ones"] = "balanced"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r - k, in], B = 0, A_pool [L k, in], B_pool = 0 and D [r - k + L k]."""

@@ -1,4 +1,4 @@
-"""ShareLoRA, arXiv 2406.10785, section 3: dW_i = s B_i A (ShareA), s B A_i (ShareB) or s B A.
+"""ShareLoRA: dW_i = s B_i A (ShareA), s B A_i (ShareB) or s B A.
 
 The shared factor is one trained tensor for all layers; the paper recommends to share A.
 
@@ -17,12 +17,13 @@ The shared factor is one trained tensor for all layers; the paper recommends to 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
+from loralab.methods.sharing._shared import cut
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
@@ -31,22 +32,14 @@ class ShareLoRA(Form):
     """A pair of which one factor, or both, serve many layers.
 
     Args:
-        share: "A", "B" or "AB".
+        share: which factors.
         across: "kind" shares between the layers of one kind (the authors' code, by the module's
             name); "model" between all layers, sized by the largest and cut (the survey arXiv
             2601.22708); "start" between layers that the Start puts together (E²LoRA).
     """
 
-    share: str = "A"
-    across: str = "kind"
-
-    def __post_init__(self) -> None:
-        if self.share not in ("A", "B", "AB"):
-            raise UserError(f"share of ShareLoRA is 'A', 'B' or 'AB', not {self.share!r}")
-        if self.across not in ("kind", "model", "start"):
-            raise UserError(
-                f"across of ShareLoRA is 'kind', 'model' or 'start', not {self.across!r}"
-            )
+    share: Literal["A", "B", "AB"] = "A"
+    across: Literal["kind", "model", "start"] = "kind"
 
     @property
     def shared(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -57,7 +50,7 @@ class ShareLoRA(Form):
         return plain_pair(site, evidence)
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        return t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
+        return cut(t, site)
 
 
 register("sharelora", "sharing", __doc__, ShareLoRA())

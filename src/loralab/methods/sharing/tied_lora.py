@@ -1,7 +1,8 @@
-"""Tied-LoRA, arXiv 2311.09578, eq. 2: z = W x + (α / r) Λ_v B Λ_u A x, with A and B tied.
+"""Tied-LoRA: z = W x + (α / r) Λ_v B Λ_u A x, with A and B tied.
 
 One pair A, B serves all layers of a kind; the diagonals u [r] and v [out] are each layer's own. The
-paper's configurations train some of the four and freeze the others; all four is its TL6.
+paper's configurations train some of the four and freeze the others: TL6 all, TL5 A and B alone
+(train="AB").
 
 :summary: One trained pair for all layers of a kind, two trained diagonals per layer
 :equation: dW = (alpha / r) diag(v) B diag(u) A, A and B shared by the layers of a kind
@@ -13,9 +14,9 @@ paper's configurations train some of the four and freeze the others; all four is
 :title: Tied-LoRA: Enhancing parameter efficiency of LoRA with Weight Tying
 :authors: Adithya Renduchintala, Tugrul Konuk, Oleksii Kuchaiev
 :source: arXiv 2311.09578, 2023: eq. 2
-:verified: summaries, the parameter count in Forence1999/PRoLoRA (calculate_params.py) and the
-    survey arXiv 2601.22708; the paper's text was not to be had, and the start of u and v is our
-    reading
+:verified: summaries, parameter counts of TL5 and TL6 (README of yuhua-zhou/BSLoRA, equal to ours;
+    Forence1999/PRoLoRA, calculate_params.py) and the survey arXiv 2601.22708; the paper's text was
+    not to be had, and the start of u and v is our reading
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from torch import Tensor
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
+from loralab.methods.sharing._shared import cut
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 PARTS = ("A", "B", "u", "v")
@@ -46,11 +48,12 @@ class TiedLoRA(Form):
     train: str = "ABuv"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         once = len(set(self.train)) == len(self.train) and set(self.train) <= set(PARTS)
         if not once or not {"B", "v"} & set(self.train):
             raise UserError(
-                "train of Tied-LoRA is made of the letters A, B, u, v, B or v among them, "
-                f"not {self.train!r}"
+                "train of TiedLoRA is made of the letters A, B, u, v, B or v among them, not "
+                f"{self.train!r}"
             )
 
     @property
@@ -74,7 +77,7 @@ class TiedLoRA(Form):
         }
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        B, A = t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
+        B, A = cut(t, site)
         return t["v"].unsqueeze(-1) * B, t["u"].unsqueeze(-1) * A
 
 

@@ -1,4 +1,4 @@
-"""TinyLoRA, arXiv 2602.04118, section 3: W' = W + U_r Σ_r (Σ_i v_i P_i) V_rᵀ, v in R^u trained.
+"""TinyLoRA: W' = W + U_r Σ_r (Σ_i v_i P_i) V_rᵀ, v in R^u trained.
 
 The P_i [r, r] are random and frozen, and one v may serve many layers: 13 numbers for a model.
 
@@ -17,14 +17,15 @@ The P_i [r, r] are random and frozen, and one v may serve many layers: 13 number
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from loralab.errors import UserError
+from loralab.bounds import Count
 from loralab.methods import register
-from loralab.methods.sharing.lora_xs import SVDBases, random_bases
-from loralab.methods.sharing.vb_lora import normal
+from loralab.methods.expansion.lora import normal
+from loralab.methods.sharing._shared import random_bases
+from loralab.methods.sharing.lora_xs import SVDBases
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
@@ -41,16 +42,8 @@ class TinyLoRA(Form):
     frozen: ClassVar[frozenset[str]] = frozenset({"U_r", "V_r", "P"})
     owns: ClassVar[frozenset[str]] = frozenset({"U_r", "V_r", "P", "v"})
 
-    u: int = 64
-    tie: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.u < 1:
-            raise UserError(f"u of TinyLoRA counts trained numbers, so it is not {self.u}")
-        if self.tie not in ("none", "layer", "kind", "model"):
-            raise UserError(
-                f"tie of TinyLoRA is 'none', 'layer', 'kind' or 'model', not {self.tie!r}"
-            )
+    u: Count = 64
+    tie: Literal["none", "layer", "kind", "model"] = "none"
 
     @property
     def shared(self) -> Mapping[str, str]:  # type: ignore[override]

@@ -1,13 +1,11 @@
-"""VB-LoRA, arXiv 2405.15179, section 3: every stretch of b entries of A's rows and B's columns is
-û = Σ_{s in TopK(σ)} softmax(TopK(σ))_s α_s, a mixture of k vectors α_s of one bank of h vectors.
-
-The bank [h, b] serves all layers; each stretch has its own trained logits σ [h]. dW = B A.
+"""VB-LoRA: every stretch of b entries of A's rows and B's columns is û = Σ_{s in TopK(σ)}
+softmax(TopK(σ))_s α_s, a mixture of k vectors α_s of one bank of h vectors, with trained logits
+σ [h] of its own.
 
 :summary: Both factors are top-k mixtures of the vectors of one bank for the whole model
 :equation: dW = B A - B0 A0; stretches of A and B are sum_top-k softmax(logits)_s bank_s
 :trap: Only the k largest logits of a stretch get a gradient; which they are changes while training.
-:trap: The paper's start is not the base: A and B are both random. Here it is subtracted unless
-    anchored=False.
+:trap: The paper's start is not the base: A and B are random. Here it is subtracted.
 :trap: What must be stored is small (k indices and weights per stretch), what is trained is not: all
     h logits of every stretch.
 :trap: The logits want ten times the bank's learning rate; the trial's rate is the logits'.
@@ -24,17 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loralab.bounds import Count, Positive
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, OwnStart, Recipe, Site, Tensors
+from loralab.methods.expansion.lora import normal, uniform
+from loralab.methods.sharing._shared import AnchoredStart
+from loralab.recipe import Evidence, Form, Recipe, Site, Tensors
 from loralab.training.adamw import AdamW
-
-
-def normal(evidence: Evidence, purpose: str, *shape: int, std: float) -> Tensor:
-    """Return N(0, std²) in W's dtype; drawn in fp64, so that the dtype does not change the draw."""
-    draw = torch.randn(*shape, generator=evidence.generator(purpose), dtype=torch.float64)
-    return (draw * std).to(evidence.weight)
 
 
 @dataclass(frozen=True)
@@ -43,29 +37,25 @@ class VBLoRA(Form):
 
     Args:
         n_vectors: h; 90 to 2048 in the paper, growing with the model; PEFT's 256 here.
-        length: b. Where it does not divide a side of a layer the last stretch is cut (the paper
-            and PEFT ask for a divisor).
+        length: b. Where it does not divide a side of the layer the last stretch is cut; the paper
+            and PEFT ask for a divisor.
         k: vectors per mixture.
-        bound: half-width of the bank's uniform start.
-        std: spread of the logits' normal start.
+        bound, std: half-width of the bank's uniform start, spread of the logits' normal one.
     """
 
     shared: ClassVar[Mapping[str, str]] = {"bank": "model"}
     owns: ClassVar[frozenset[str]] = frozenset({"bank", "logits_A", "logits_B"})
 
-    n_vectors: int = 256
-    length: int = 256
-    k: int = 2
-    bound: float = 0.02
-    std: float = 0.1
+    n_vectors: Count = 256
+    length: Count = 256
+    k: Count = 2
+    bound: Positive = 0.02
+    std: Positive = 0.1
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"length of VB-LoRA counts entries, so it is not {self.length}")
-        if not 1 <= self.k <= self.n_vectors:
-            raise UserError(f"k of VB-LoRA is between 1 and n_vectors, not {self.k}")
-        if not (self.bound > 0 and self.std > 0):
-            raise UserError("bound and std of VB-LoRA must be positive")
+        super().__post_init__()
+        if self.k > self.n_vectors:
+            raise UserError(f"k of VBLoRA is between 1 and n_vectors, not {self.k}")
 
     def objection(self, recipe: Recipe) -> tuple[str, str] | None:
         if recipe.start.anchored or isinstance(recipe.start, AnchoredStart):
@@ -99,34 +89,12 @@ class VBLoRA(Form):
 
 
 @dataclass(frozen=True)
-class AnchoredStart(OwnStart):
-    """The Form's own random start.
-
-    Args:
-        anchored: subtract B0 A0, so that step 0 is the base; False is the paper, which leaves the
-            base perturbed by it.
-    """
-
-    anchored: bool = True
-
-
-@dataclass(frozen=True)
 class BankRates(AdamW):
-    """AdamW with a smaller learning rate for the bank than for the logits.
-
-    Args:
-        ratio: of the bank's rate to the logits', positive; 0.001 / 0.01 in the paper. The trial's
-            learning rate is the logits'.
-    """
+    """AdamW with `ratio` times the logits' rate for the bank; 0.001 / 0.01 in the paper."""
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"bank"})
 
-    ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.ratio > 0:
-            raise UserError(f"ratio of VB-LoRA must be positive, not {self.ratio!r}")
+    ratio: Positive = 0.1
 
     def lr_ratio(self, name: str) -> float:
         return self.ratio if name == "bank" else 1.0

@@ -1,4 +1,4 @@
-"""VeRA, arXiv 2310.11454, eq. 2: h = W0 x + Λ_b B Λ_d A x, with A, B random, frozen and shared.
+"""VeRA: h = W0 x + Λ_b B Λ_d A x, with A, B random, frozen and shared.
 
 One pair A, B serves all adapted layers, cut to each layer's size; a layer trains two vectors.
 
@@ -20,8 +20,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
+from loralab.methods.sharing._shared import cut
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 
@@ -38,7 +40,7 @@ class VeRA(Form):
     owns: ClassVar[frozenset[str]] = frozenset({"d", "b"})
     any_rank: ClassVar[bool] = True  # the paper uses 256 and more: only r + m numbers are trained
 
-    d_initial: float = 0.1
+    d_initial: Positive = 0.1
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return 1: the paper has no alpha, and d takes its place."""
@@ -55,7 +57,7 @@ class VeRA(Form):
         }
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        B, A = t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
+        B, A = cut(t, site)
         return t["b"].unsqueeze(-1) * B, t["d"].unsqueeze(-1) * A
 
 
