@@ -195,8 +195,8 @@ def test_copies_are_independent():
         ({"targets": [1]}, "targets are names of layers"),
         ({"modules_to_train": 5}, "modules_to_train are names"),
         ({"eps": None}, "'eps' of method 'lora' is a float"),
-        ({"form": "gralora", "k": 0}, "k >= 1"),
-        ({"form": "hydralora", "n_heads": 0}, "at least one head"),
+        ({"form": "gralora", "k": 0}, "k of GraLoRA must be a whole number from 1 on, not 0"),
+        ({"form": "hydralora", "n_heads": 0}, "n_heads of HydraLoRA must be a whole number from 1"),
     ],
 )
 def test_values_of_the_wrong_kind_are_told_in_one_sentence(settings, said):

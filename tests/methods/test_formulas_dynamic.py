@@ -707,7 +707,7 @@ def test_ranks_that_leave_free_memory_and_compute():
         ("sora", {"interval": 0.0}, "interval of DropZeroGates must be a share, .*, not 0.0"),
         ("salora", {"growth": 0.5}, "growth of SaLoRA must be at least 1, not 0.5"),
         ("salora", {"interval": 2.0}, "interval of L0Budget must be a share, .*, not 2.0"),
-        ("dylora", {"p": 1.0}, "p of DyLoRA must be a probability, .*, not 1.0"),
+        ("dylora", {"p": 1.0}, "p of DyLoRA must be a share, .*, not 1.0"),
         ("dylora", {"keep": 0}, "keep of Truncate must be a whole number from 1 on, not 0"),
         ("beamlora", {"tau": 0.0}, "tau of BeamLoRA must be positive, not 0.0"),
         ("beamlora", {"until": 0.0}, "until of Beam must be a share, .*, not 0.0"),

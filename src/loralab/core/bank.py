@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loralab.core.again import again
+from loralab.core.again import RunAgain, again
 from loralab.core.dense import MadeLinear, Make
 from loralab.core.fused import AddLowRank, FusedLowRank
 from loralab.core.layers import Weight, product, read, wide
@@ -79,8 +79,7 @@ class Bank(Update):
             if bias is not None:  # g (z - bias) + bias, exact where g = 1
                 z = z + ((1 - g) * bias).to(z.dtype)[:, None]
         if self.shifts and bias is not None:
-            shift = self.form.bias(self.seen(lo, hi), wide(bias), self.site) - wide(bias)
-            z = z + shift.to(z.dtype).expand(k, -1)[:, None]  # exactly 0 where b stays
+            z = z + self._shift(weight, wide(bias), lo, hi).to(z.dtype).expand(k, -1)[:, None]
         return z.flatten(0, 1)
 
     def _updated(
@@ -128,6 +127,11 @@ class Bank(Update):
             return z
         b = bias.to(dtype).expand(hi - lo, 1, -1)
         return z + (b - self.form.outer(t, b, self.site))  # exactly y where outer changes nothing
+
+    def _shift(self, weight: Weight, b: Tensor, lo: int, hi: int) -> Tensor:
+        """Return b' - b [k or 1, out], exactly 0 where b stays; backward reads W anew."""
+        make, values = self._maker(lambda t: self.form.bias(t, b, self.site) - b, weight, lo, hi)
+        return RunAgain.apply(make, *values)
 
     def _made(self, x: Tensor, weight: Weight, bias: Tensor | None, lo: int, hi: int) -> Tensor:
         """Return x M^T + bias with M built from the tensors now, and again in backward.
