@@ -175,6 +175,16 @@ def test_blocks_that_cannot_run_twice_are_refused():
         model["mlp"](torch.randn(1, 3, 8))
 
 
+def test_a_module_with_attention_in_it_is_no_feed_forward_block():
+    class Layer(FeedForward):
+        def __init__(self):
+            super().__init__()
+            self.self_attn = nn.Linear(8, 8)
+
+    with pytest.raises(UserError, match="'only' also holds 'self_attn'"):
+        adapt(nn.ModuleDict({"only": Layer()}), "mixlora", rank=2)
+
+
 def test_a_layer_that_stands_alone_is_a_block_by_itself():
     model = Model()
     pack = Pack(model, [spec(targets=("up",))])

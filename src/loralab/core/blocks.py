@@ -1,5 +1,6 @@
 """Blocks that run once for every expert that a token visits (Forms with `route`)."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from loralab.core.sites import LinearSite, base_forward
 from loralab.errors import UserError
 
 EXPERT = "expert"
+ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 Visits = tuple[Tensor, Tensor]  # which expert, and with what weight: [V, rows, ...] each
 
 
@@ -18,10 +20,20 @@ class RoutedBlock(nn.Module):
     """A module that holds several adapted layers, the first of which routes the block's input.
 
     Inside, a slot that routes has V rows for each of its own, visit by visit.
+
+    Raises:
+        UserError: the module holds attention too, so an expert would be more than a feed-forward
+            block.
     """
 
-    def __init__(self, name: str, layout: Layout, lead: LinearSite) -> None:
+    def __init__(self, name: str, module: nn.Module, layout: Layout, lead: LinearSite) -> None:
         super().__init__()
+        inside = [n for n, _ in module.named_modules() if ATTENTION.search(n)]
+        if inside:
+            raise UserError(
+                f"the experts of {lead.banks[0].form.__class__.__name__} are feed-forward blocks, "
+                f"and {name!r} also holds {inside[0]!r}; adapt only one of its other layers"
+            )
         self.name, self.layout = name, layout
         self._lead = [lead]  # in a list: it is the child of its own layer
 

@@ -65,7 +65,9 @@ class Pack(nn.Module):
         ]
         self._registered = nn.ModuleList([*self.sites, *self.whole])
         self._blocks = {
-            bank.site.block: RoutedBlock(bank.site.block, self.layout, site)
+            bank.site.block: RoutedBlock(
+                bank.site.block, model.get_submodule(bank.site.block), self.layout, site
+            )
             for site in self.sites
             for bank in site.banks
             if bank.routes
