@@ -8,6 +8,7 @@ import torch
 
 from loralab import testing
 from loralab.core.bank import Bank
+from loralab.core.layers import wide
 from loralab.core.merge import Merged
 from loralab.core.pack import Pack
 from loralab.core.sites import LinearSite
@@ -17,6 +18,7 @@ from loralab.methods.expansion.gralora import GraLoRA
 from loralab.methods.expansion.loha import LoHa
 from loralab.methods.expansion.lora import LoRA
 from loralab.methods.experts.hydralora import HydraLoRA
+from loralab.methods.experts.mixlora import MixLoRA
 from loralab.methods.initialization.lora_ga import LoRAGA
 from loralab.methods.initialization.milora import MiLoRA
 from loralab.methods.initialization.olora import OLoRA
@@ -29,6 +31,7 @@ from loralab.recipe import Evidence, Hyper, Site, SiteState
 from loralab.testing.toy import slot_tensors, toy_trial, train
 from loralab.training.adamw import AdamW
 from loralab.training.states import BankState
+from tests.core import test_blocks as blocks
 from tests.methods import reference
 from tests.methods import test_formulas_forms as forms
 from tests.methods.test_nudges import check_golden
@@ -223,6 +226,17 @@ def unmerge_by_subtraction(self, _original=Merged.undo):
     _original(self)
 
 
+def undivided(self, t, x, site):
+    p = (x @ t["W_g"].mT).softmax(-1)
+    expert = p.argsort(-1, descending=True)[..., : self.top_k]
+    return expert, p.gather(-1, expert)
+
+
+def without_blocks(self, _original=Pack.attach):
+    self._blocks.clear()
+    _original(self)
+
+
 MUTATIONS = {
     "scale over sqrt(r)": (LoRA, "scale", lambda self, a, r: a / r**0.5, golden("lora")),
     "gralora: no exchange": (GraLoRA, "branch", no_exchange, formula("GraLoRA")),
@@ -261,6 +275,12 @@ MUTATIONS = {
         Pack, "disable", unfreezing_disable, conformance("disable_is_exact", "lora_fa")),
     "core: unmerge subtracts": (
         Merged, "undo", unmerge_by_subtraction, conformance("merge_is_exact", "lora")),
+    "core: merge leaves the bias": (
+        Bank, "biased", lambda self, W, b, slot: wide(b), conformance("merge_is_exact", "ia3")),
+    "mixlora: weights not divided by their sum": (
+        MixLoRA, "route", undivided, blocks.test_experts_are_whole_feed_forward_blocks),
+    "mixlora: every layer mixes": (
+        Pack, "attach", without_blocks, blocks.test_experts_are_whole_feed_forward_blocks),
     "core: slots see each other": (
         LinearSite, "forward", forward_without_rows, conformance("packed_equals_alone", "lora")),
 }  # fmt: skip
