@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loralab.bounds import AtLeastOne, OneOf, SomeShare
 from loralab.errors import UserError
-from loralab.recipe import Evidence, Site, Start
+from loralab.methods.expansion.lora import Pair
+from loralab.recipe import Evidence, Site, Start, Tensors
 
 SMOOTHING: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "none": float}
 
@@ -90,3 +91,19 @@ class Proportional(Start):
             high = round(self.most * asked[s.name])
             ranks[s.name] = min(max(rank, low), high, s.d_in, s.d_out)
         return ranks
+
+
+@dataclass(frozen=True)
+class PairAndInputs(Pair):
+    """LoRA's pair beside the size of each input, √(mean x_j²), measured at the base (PRILoRA)."""
+
+    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "x"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"x"})
+    needs: ClassVar[frozenset[str]] = frozenset({"covariance"})
+
+    def init(self, site: Site, evidence: Evidence) -> Tensors:
+        """Return A [r, in], B [out, r] = 0 and x [in]; all sizes are 1 without data."""
+        x = evidence.weight.new_ones(site.d_in)
+        if evidence.covariance is not None:
+            x = covariance_of(evidence, "PRILoRA").diagonal().clamp_min(0).sqrt().to(x)
+        return super().init(site, evidence) | {"x": x}

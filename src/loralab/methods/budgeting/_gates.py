@@ -1,14 +1,19 @@
-"""Gates on ranks: hard concrete ones and their learning rate, and the removal of closed ranks."""
+"""Gates on ranks: the removal of closed ones, and hard concrete gates under a budget (SaLoRA).
+
+The budget b is met by Lagrangian relaxation: min over θ, max over β of L + β (mean R - b)², R the
+gates expected open (Mathematics 2023, 11(20), 4317, section 3.3).
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from loralab.bounds import Positive, SomeShare
-from loralab.methods.budgeting._ranks import due, regrow
+from loralab.bounds import NonNegative, Positive, SomeShare
+from loralab.methods.budgeting._ranks import alive, due, regrow
 from loralab.recipe import Schedule, SiteState
 from loralab.training.adamw import AdamW
 
@@ -67,3 +72,36 @@ class DropClosed(Schedule):
 
     def ranks(self, sites: Sequence[SiteState]) -> list[Tensor]:
         return [self.open(site).sum(-1) for site in sites]
+
+
+@dataclass(frozen=True)
+class L0Budget(DropClosed):
+    """Hold the expected number of open gates of all sites together at the budget.
+
+    Args:
+        beta: β at the start.
+        beta_lr: step of β's gradient ascent.
+    """
+
+    singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "log_alpha"})
+
+    beta: NonNegative = 1.0
+    beta_lr: NonNegative = 1.0
+
+    def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
+        """Add the gradient of β (mean R - b)² by log α, and let β ascend."""
+        state = sites[0].state
+        if "budget" not in state:
+            n = sum(site.t["log_alpha"].shape[-1] for site in sites)
+            one = torch.ones_like(sites[0].t["log_alpha"][:, 0])
+            budget = sum(site.site.rank for site in sites) / n
+            state |= {"n": n * one, "budget": budget * one, "beta": self.beta * one}
+        p = [chance_open(s.t["log_alpha"]) * alive(s, "log_alpha") for s in sites]
+        gap = torch.stack([one.sum(-1) for one in p]).sum(0) / state["n"] - state["budget"]
+        slope = (2 * state["beta"] * gap / state["n"])[:, None]
+        for site, one in zip(sites, p, strict=True):
+            site.g["log_alpha"].add_(slope * one * (1 - one))
+        state["beta"].add_(self.beta_lr * gap.square())
+
+    def open(self, site: SiteState) -> Tensor:
+        return (hard_concrete(site.t["log_alpha"]) > 0) & alive(site, "log_alpha").bool()

@@ -85,41 +85,9 @@ def new_ranks(
         yield slot, mask.nonzero().flatten(), site.generator(slot, *purpose)
 
 
-def ranked(scores: Tensor) -> Tensor:
-    """Return the ranks [K, b], the best first; equal ones as they stand."""
-    return scores.argsort(dim=-1, descending=True, stable=True)
-
-
-def beyond(scores: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Return masks like `scores` [K, b] of the ranks outside top-p, all sites', the best first.
-
-    At most the last half of a site's, whose first in the same order can take their places.
-    """
-    every = torch.cat(list(scores), -1)
-    order = ranked(every)
-    total = every.gather(-1, order).cumsum(-1)
-    # Measured by the sum's own end, which a share of 1 must not exceed by rounding.
-    outside = total > share * total[..., -1:]
-    masks = torch.zeros_like(outside).scatter_(-1, order, outside)
-    parts = masks.split([score.shape[-1] for score in scores], -1)
-    places = [ranked(score).argsort(-1) for score in scores]
-    halves = [place >= (place.shape[-1] + 1) // 2 for place in places]
-    return [part & half for part, half in zip(parts, halves, strict=True)]
-
-
-PAIR = {kind + name for kind in ("", "m.", "v.") for name in ("A", "B")}  # and Adam's moments
-
-
-def remember(site: SiteState) -> None:
-    """Keep the pair and its moments for `recall`."""
-    now = site.t | site.state
-    site.state |= {"was." + name: now[name].clone() for name in PAIR & now.keys()}
-
-
-def recall(site: SiteState, slot: int, places: Tensor, ranks: Tensor) -> None:
-    """Put what one slot's `ranks` were, with their moments, at `places`."""
-    now = site.t | site.state
-    for name in PAIR & now.keys():
-        axis = 0 if name.endswith("A") else 1
-        past = now["was." + name][slot].index_select(axis, ranks)
-        now[name][slot].index_copy_(axis, places, past)
+def new_pairs(site: SiteState, fresh: Tensor, *purpose: object) -> None:
+    """Draw the rows of A in the mask `fresh` [K, b] as LoRA does; their columns of B stay 0."""
+    A = site.t["A"]
+    for slot, new, source in new_ranks(site, fresh, *purpose):
+        draw = torch.rand(len(new), A.shape[-1], generator=source, dtype=torch.float64)
+        A[slot, new] = ((2 * draw - 1) * A.shape[-1] ** -0.5).to(A)

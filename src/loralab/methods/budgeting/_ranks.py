@@ -7,11 +7,12 @@ no gradient moves: the gradient of a factor's vector is a multiple of the other'
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.bounds import Share
+from loralab.bounds import Count, Share
 from loralab.errors import UserError
 from loralab.recipe import Schedule, SiteState
 
@@ -97,3 +98,28 @@ def regrow(
     alive = place < n_all
     site.state["alive"] = alive.to(site.scale.dtype)
     return alive & (index < 0)
+
+
+@dataclass(frozen=True)
+class Truncate(Schedule):
+    """Cut to the first ranks at the end of the run, where training has sorted them (DyLoRA).
+
+    Args:
+        keep: ranks that stay, b; None keeps all.
+    """
+
+    pair_only: ClassVar[bool] = True
+    resizes: ClassVar[bool] = True
+
+    keep: Count | None = None
+
+    def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
+        """After the last step, keep the first ranks; α/b in place of α/r."""
+        if step + 1 < n_steps:
+            return
+        for site in sites:
+            B = site.t["B"]
+            r = B.shape[-1]
+            b = min(self.keep or r, r)
+            B.mul_(r / b)
+            regrow(site, (torch.arange(r, device=B.device) < b).expand(len(B), r))

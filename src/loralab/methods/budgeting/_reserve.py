@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loralab.bounds import Share
+from loralab.bounds import Count, Share
 from loralab.methods.budgeting._moves import new_ranks
 from loralab.methods.budgeting._ranks import alive, regrow
 from loralab.methods.budgeting._svd import AXES, ByImportance, normal
@@ -23,26 +23,56 @@ class WithReserve(ByImportance):
     state["main"] [K, b] is 1 for those in use; state["alive"] is 1 for the reserve too.
 
     Args:
+        add: triplets of one increase and of the reserve; None takes half the rank asked for.
         warmup: fraction of the run over which a new parameter's step grows to its full size.
     """
 
+    add: Count | None = None
     warmup: Share = 0.025
 
+    def n_add(self, site: SiteState) -> int:
+        """Return the triplets of one increase."""
+        return self.add or max(1, int(site.state["target"][0]) // 2)
+
+    def grow(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
+        """Call `take` when it is time."""
+        raise NotImplementedError
+
+    def importance(self, site: SiteState) -> Tensor:
+        """Take in the importance [K] of one module, from its present t and g, and return it."""
+        raise NotImplementedError
+
     def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        """Hold the reserve's λ, and keep what the warm-up will slow down."""
+        """Look at the gradients, hold the reserve's λ, and keep what the warm-up will slow down."""
         for site in sites:
+            self.importance(site)
             if "main" in site.state:
                 site.g["Lambda"].mul_(site.state["main"])
                 site.state |= {"old." + name: site.t[name].clone() for name in AXES}
 
-    def begin(self, site: SiteState, n: int, n_steps: int) -> None:
-        """Make the first reserve of n triplets."""
+    def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
+        """Slow down what is new, and grow."""
+        for site in sites:
+            if step > 0:
+                self.slow_down(site, step, n_steps)
+            else:  # the first reserve comes only now, so that step 0 is exactly the base
+                self.begin(site, n_steps)
+        self.grow(sites, step, n_steps)
+        for site in sites:
+            self.hold(site)
+
+    def ranks(self, sites: Sequence[SiteState]) -> list[Tensor]:
+        return [site.state.get("main", alive(site, "Lambda")).sum(-1).long() for site in sites]
+
+    def begin(self, site: SiteState, n_steps: int) -> None:
+        """Make the first reserve."""
         now = alive(site, "Lambda")
+        site.state["target"] = torch.full_like(now[:, 0], site.site.rank)
         site.state["main"] = now.clone()
         # When Λ's entries (taken in use) and P's and Q's (in the reserve) began to be trained.
         for name in ("born.Lambda", "born.P"):
             site.state[name] = torch.full_like(now, -n_steps)
-        self.stock_up(site, torch.full_like(now[:, 0], n).long(), 0, now)
+        self.stock_up(site, torch.full_like(now[:, 0], self.n_add(site)).long(), 0, now)
 
     def stock_up(self, site: SiteState, n: Tensor, step: int, keep: Tensor) -> None:
         """Add n [K] triplets to the reserve; P, Q ~ N(0, 0.02²). Keep the ranks in `keep` alone."""

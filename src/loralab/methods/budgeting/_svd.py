@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from loralab.bounds import AtLeastOne, Count, Decay, NonNegative
-from loralab.methods.budgeting._ranks import in_use
+from loralab.methods.budgeting._moves import new_ranks
+from loralab.methods.budgeting._ranks import Window, in_use
 from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 AXES = {"P": -1, "Lambda": -1, "Q": -2}
+# The names and axes of Ī and Ū of each of them.
+MEANS = {f"{kind}.{name}": axis for kind in ("mean", "spread") for name, axis in AXES.items()}
 
 
 def normal(shape: tuple[int, ...], source: torch.Generator, like: Tensor) -> Tensor:
@@ -32,21 +35,34 @@ def off_orthonormal(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AdaSVD(Form):
-    """The update in the shape of a singular value decomposition.
+class Triplets(Form):
+    """Base of updates in the shape of a singular value decomposition.
+
+    Args:
+        gamma: γ, in training only.
+    """
+
+    owns: ClassVar[frozenset[str]] = frozenset(AXES)
+    rank_axis: ClassVar[Mapping[str, int]] = AXES
+
+    gamma: NonNegative = 0.1
+
+    def penalty(self, t: Tensors, site: Site) -> Tensor | None:
+        # The paper's squared norms, summed over sites; the authors' code averages unsquared ones.
+        return self.gamma * (off_orthonormal(t["P"].mT) + off_orthonormal(t["Q"]))
+
+
+@dataclass(frozen=True)
+class AdaSVD(Triplets):
+    """The update P Λ Q.
 
     Args:
         growth: triplets at the start, as a multiple of the site's rank, which is the mean rank
             that the schedule leaves at the end.
-        gamma: γ, in training only.
         first: triplets at the start, whatever the rank and `growth`; None leaves it to those.
     """
 
-    owns: ClassVar[frozenset[str]] = frozenset({"P", "Lambda", "Q"})
-    rank_axis: ClassVar[Mapping[str, int]] = AXES
-
     growth: AtLeastOne = 1.5
-    gamma: NonNegative = 0.1
     first: Count | None = None
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
@@ -60,10 +76,6 @@ class AdaSVD(Form):
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return t["P"], t["Lambda"].unsqueeze(-1) * t["Q"]
-
-    def penalty(self, t: Tensors, site: Site) -> Tensor | None:
-        # The paper's squared norms, summed over sites; the authors' code averages unsquared ones.
-        return self.gamma * (off_orthonormal(t["P"].mT) + off_orthonormal(t["Q"]))
 
 
 @dataclass(frozen=True)
@@ -97,3 +109,28 @@ class ByImportance(Schedule):
 
     def ranks(self, sites: Sequence[SiteState]) -> list[Tensor]:
         return in_use(sites, "Lambda")
+
+
+@dataclass(frozen=True)
+class Growing(Window, ByImportance):
+    """Base of schedules that give modules new triplets in new directions, with λ = 0 (ElaLoRA).
+
+    A new triplet has no history: its importance starts at 0.
+    """
+
+    def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
+        """Drop a new triplet's first gradient of P and Q: rounding alone, which Adam magnifies."""
+        for site in sites if step > self.t_initial * n_steps else ():
+            is_old = site.t["Lambda"] != 0
+            site.g["P"].mul_(is_old.unsqueeze(-2))
+            site.g["Q"].mul_(is_old.unsqueeze(-1))
+
+    def fill(self, site: SiteState, fresh: Tensor, step: int) -> None:
+        """Give new triplets unit directions orthogonal to the site's own; their λ is 0."""
+        for slot, new, source in new_ranks(site, fresh, "expand", step):
+            for rank in new.tolist():
+                for V in (site.t["P"][slot].mT, site.t["Q"][slot]):
+                    v = torch.randn(V.shape[-1], generator=source, dtype=torch.float64).to(V)
+                    own = torch.linalg.qr(V[V.square().sum(-1) > 0].mT).Q
+                    v = v - own @ (own.mT @ v)
+                    V[rank] = v / v.norm().clamp_min(1e-6)

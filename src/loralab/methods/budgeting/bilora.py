@@ -1,35 +1,34 @@
-"""BiLoRA, arXiv 2403.13037, section 3: dW = s P Λ Q. Lower level: P and Q on one part of the data,
-with γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²); upper level: Λ on the other part.
+"""BiLoRA: dW = s P Λ Q; P and Q (lower level) learn from one part of the data, Λ from the other.
 
 Λ is a softmax of free numbers (which the paper recommends), the numbers themselves ("real") or
-their sigmoids, pushed to 0 or 1 by their entropy ("binary"). The paper differentiates through the
-lower level (Betty); this is the first-order version.
+their sigmoids, pushed to 0 or 1 by their entropy ("binary"). P and Q have AdaLoRA's penalty. The
+paper differentiates through the lower level (Betty); this is the first-order version.
 
 :summary: Singular vectors learn from training data, singular values from held-out data
 :equation: dW = s P diag(softmax(l)) Q; P, Q on one part of the data, l on the other
-:trap: Softmax values are never 0, so the update starts at 0 by P = 0.
+:trap: Softmax values are never 0, so the update starts at 0 by P = 0, and nothing is pruned.
 :trap: The penalty pulls P and Q to orthonormal whatever the loss says.
-:trap: Nothing is pruned: the values decide how much each direction counts.
 :trap: The paper splits the training data 8 to 2 (on E2E: training and validation data).
 :title: BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank Adaptation of
     Large Pre-trained Models
 :authors: Rushi Qiang, Ruiyi Zhang, Pengtao Xie
 :source: arXiv 2403.13037, 2024: section 3
-:verified: the abstract and public reviews of the paper (ICLR 2024), with its split of 8 to 2; the
-    text and code could not be had, so the start P = 0 is ours
+:verified: the abstract and public reviews of the paper (ICLR 2024); the text and code could not be
+    had, so the start P = 0 is ours
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from loralab.bounds import NonNegative, OneOf
 from loralab.methods import register
-from loralab.methods.budgeting._svd import AXES, AdaSVD
-from loralab.recipe import Evidence, Form, Recipe, Site, Tensors
+from loralab.methods.budgeting._svd import AdaSVD, Triplets
+from loralab.recipe import Evidence, Recipe, Site, Tensors
 from loralab.training.adamw import AdamW
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,20 +39,10 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class PseudoSVD(Form):
-    """Pseudo singular vectors P, Q and values Λ.
-
-    Args:
-        values: how Λ comes from its free numbers.
-        gamma: γ, in training only; AdaLoRA's by default.
-        gamma_binary: weight of the entropy of "binary" values.
-    """
-
-    owns: ClassVar[frozenset[str]] = frozenset({"P", "Lambda", "Q"})
-    rank_axis: ClassVar[Mapping[str, int]] = AXES
+class PseudoSVD(Triplets):
+    """Pseudo singular vectors and values; gamma_binary weighs the entropy of "binary" ones."""
 
     values: Annotated[str, OneOf(VALUES)] = "softmax"
-    gamma: NonNegative = 0.1
     gamma_binary: NonNegative = 0.1
 
     def objection(self, recipe: Recipe) -> tuple[str, str] | None:
@@ -71,11 +60,10 @@ class PseudoSVD(Form):
         return t["P"] * VALUES[self.values](t["Lambda"]).unsqueeze(-2), t["Q"]
 
     def penalty(self, t: Tensors, site: Site) -> Tensor | None:
-        total = AdaSVD(gamma=self.gamma).penalty(t, site)
+        total = super().penalty(t, site)
         if self.values == "binary":
             p = t["Lambda"].sigmoid()
-            entropy = torch.special.entr(p) + torch.special.entr(1 - p)
-            total = total + self.gamma_binary * entropy.sum(-1)
+            total = total + self.gamma_binary * (entr(p) + entr(1 - p)).sum(-1)
         return total
 
 

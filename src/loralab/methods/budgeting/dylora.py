@@ -1,10 +1,10 @@
-"""DyLoRA, arXiv 2210.07558, section 4: every training step uses the first b ranks alone, b random.
+"""DyLoRA: h = W0 x + (α/b) W_up↓b W_dw↓b x, where ↓b keeps the first b columns of W_up and rows of
+W_dw, with a random b at every training step.
 
-h = W0 x + (α/b) W_up↓b W_dw↓b x, where ↓b keeps the first b columns of W_up and rows of W_dw. The
-ranks get sorted by importance, so that afterwards any b serves without training anew. One b ~ p_B,
-uniform as in the authors' script or geometric by `p`, serves all modules of a step. `last_only`
-trains the b-th column and row alone: the paper's DyLoRA (Frozen), and what that script does.
-Evaluation uses all r ranks until `Truncate` cuts at another b.
+The ranks get sorted by importance, so that afterwards any b serves without training anew. One b ~
+p_B, uniform as in the authors' script or geometric by `p`, serves all modules of a step.
+`last_only` trains the b-th column and row alone: the paper's DyLoRA (Frozen), and what that script
+does. Evaluation uses all r ranks until `Truncate` cuts at another b.
 
 :summary: Trains with a random number of leading ranks, so that any rank works afterwards
 :equation: h = W x + (alpha / b) B[:, :b] A[:b] x, b random in 1..r at every step
@@ -17,18 +17,17 @@ Evaluation uses all r ranks until `Truncate` cuts at another b.
 :verified: authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py)
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loralab.bounds import Count, InnerShare
+from loralab.bounds import InnerShare
 from loralab.methods import register
-from loralab.methods.budgeting._ranks import regrow
+from loralab.methods.budgeting._ranks import Truncate
 from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Recipe, Schedule, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Recipe, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -71,31 +70,6 @@ class DyLoRA(Form):
             B = B.detach().lerp(B, last.unsqueeze(-2))
             A = A.detach().lerp(A, last.unsqueeze(-1))
         return B * t["weights"].to(B.dtype).unsqueeze(-2), A
-
-
-@dataclass(frozen=True)
-class Truncate(Schedule):
-    """Cut to the first ranks at the end of the run.
-
-    Args:
-        keep: ranks that stay, b; None keeps all.
-    """
-
-    pair_only: ClassVar[bool] = True
-    resizes: ClassVar[bool] = True
-
-    keep: Count | None = None
-
-    def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        """After the last step, keep the first ranks; α/b in place of α/r."""
-        if step + 1 < n_steps:
-            return
-        for site in sites:
-            B = site.t["B"]
-            r = B.shape[-1]
-            b = min(self.keep or r, r)
-            B.mul_(r / b)
-            regrow(site, (torch.arange(r, device=B.device) < b).expand(len(B), r))
 
 
 register("dylora", "budgeting", __doc__, DyLoRA(), schedule=Truncate())

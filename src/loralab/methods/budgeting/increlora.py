@@ -1,19 +1,15 @@
-"""IncreLoRA, arXiv 2308.12043: dW = s P Λ Q, which starts at rank 1 and grows where it matters.
+"""IncreLoRA: dW = s P Λ Q, which starts at rank 1 and grows where it matters.
 
-Importance of a module: I = |ΔW ∘ ∂L/∂ΔW|, S = Ī Ū with AdaLoRA's running means. At every increase
-the top h modules get new triplets. Advance learning (`_reserve.py`): each module keeps a reserve
-whose P and Q are trained ahead under a fixed λ = 1e-5; an increase sets them in use and makes a new
-reserve. AdaLoRA's orthogonality penalty stays.
-
-∂L/∂ΔW is as large as W and nobody keeps it here, so I is summed along rows and along columns before
-the absolute value, which the factors' gradients give exactly: Σ_j ΔW_ij G_ij = Σ_k P_ik (∂L/∂P)_ik.
+A module has S = Ī Ū with AdaLoRA's running means of I = |ΔW ∘ ∂L/∂ΔW|. Nobody keeps ∂L/∂ΔW here, so
+I is summed along rows and along columns before the absolute value, which the factors' gradients
+give exactly: Σ_j ΔW_ij G_ij = Σ_k P_ik (∂L/∂P)_ik. At every increase the top h modules take their
+reserve in use, whose P and Q learn ahead under λ = 1e-5 (`_reserve.py`), and get a new one.
 
 :summary: Starts with one triplet per module and adds more where the update matters most
 :equation: dW = s P diag(l) Q; the top modules by mean(I) spread(I), I = |dW o dL/d(dW)|, get new
     triplets
-:trap: The rank asked for is the mean rank at the end; training starts with rank 1.
-:trap: s stays alpha / r with the rank asked for; the authors' code divides by the present rank,
-    which rescales the update at every increase.
+:trap: The rank asked for is the mean rank at the end, and s = alpha / r is of it; the authors' code
+    divides by the present rank, which rescales the update at every increase.
 :trap: The reserve's triplets are part of the update with a factor of 1e-5, and take memory.
 :trap: New parameters need their own warm-up, for the rate has long left its own.
 :title: IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning
@@ -29,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loralab.bounds import Count, Share, SomeShare
+from loralab.bounds import Share, SomeShare
 from loralab.methods import register
-from loralab.methods.budgeting._ranks import alive, due
+from loralab.methods.budgeting._ranks import due
 from loralab.methods.budgeting._reserve import WithReserve
 from loralab.methods.budgeting._svd import AdaSVD
 from loralab.recipe import SiteState
@@ -42,50 +38,26 @@ class IncreLoRA(WithReserve):
     """Grow to the rank asked for, on average over the sites.
 
     Args:
-        add: triplets of one increase and of the reserve; None takes half the rank asked for.
         share: share of the sites that one increase picks, at least one site; 5 of 72 in the code.
         t_initial: fraction of the run before the first increase.
         interval: fraction of the run between two increases.
     """
 
-    add: Count | None = None
     share: Share = 0.07
     t_initial: Share = 0.025
     interval: SomeShare = 0.025
 
     def importance(self, site: SiteState) -> Tensor:
-        """Take in I [K] of one module, from its present t and g, and return it."""
         P, Q = (site.t[name] * site.g[name] for name in ("P", "Q"))
         total = P.sum(-1).abs().sum(-1) + Q.sum(-2).abs().sum(-1)
         now = total / 2 / (site.site.d_in * site.site.d_out) ** 0.5
         self.running(site, now)
         return now
 
-    def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        for site in sites:
-            self.importance(site)
-        super().before_step(sites, step, n_steps)
-
-    def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        """Slow down what is new, and grow when it is time."""
-        for site in sites:
-            if step > 0:
-                self.slow_down(site, step, n_steps)
-                continue
-            # The first reserve comes only now, so that step 0 is exactly the base.
-            site.state["target"] = torch.full_like(alive(site, "Lambda")[:, 0], site.site.rank)
-            self.begin(site, self.n_add(site), n_steps)
-        if step + 1 > self.t_initial * n_steps and due(step, n_steps, self.interval):
-            self.increase(sites, step)
-        for site in sites:
-            self.hold(site)
-
-    def n_add(self, site: SiteState) -> int:
-        """Return the triplets of one increase."""
-        return self.add or max(1, int(site.state["target"][0]) // 2)
-
-    def increase(self, sites: Sequence[SiteState], step: int) -> None:
+    def grow(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         """Let the top h modules of every slot take their reserve in use and make a new one."""
+        if step + 1 <= self.t_initial * n_steps or not due(step, n_steps, self.interval):
+            return
         left = torch.stack([s.state["target"] - s.state["main"].sum(-1) for s in sites]).sum(0)
         if bool((left <= 0).all()):
             return
@@ -102,9 +74,6 @@ class IncreLoRA(WithReserve):
         done = left <= grants.sum(-1)
         for site, n in zip(sites, grants.unbind(-1), strict=True):
             self.take(site, n, done, step + 1)
-
-    def ranks(self, sites: Sequence[SiteState]) -> list[Tensor]:
-        return [site.state.get("main", alive(site, "Lambda")).sum(-1).long() for site in sites]
 
 
 register("increlora", "budgeting", __doc__, AdaSVD(first=1), schedule=IncreLoRA())

@@ -1,5 +1,4 @@
-"""PRILoRA, arXiv 2401.11316, section 3: LoRA whose rank grows linearly with depth and whose A is
-pruned while it trains.
+"""PRILoRA: LoRA whose rank grows linearly with depth and whose A is pruned while it trains.
 
 r_l = r_s + (r_f - r_s) l / (L - 1) for layer l of L. Every so many steps the share p of the entries
 of A with the least |A_ij| ‖x_j‖ is set to 0 (Wanda's importance, arXiv 2306.11695).
@@ -23,33 +22,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from loralab.bounds import Count, PartShare, Positive
 from loralab.methods import register
-from loralab.methods.budgeting._evidence import covariance_of
-from loralab.methods.expansion.lora import plain_pair
-from loralab.recipe import Evidence, Form, Look, OwnStart, Schedule, Site, SiteState, Tensors
-
-
-@dataclass(frozen=True)
-class PairAndInputs(Form):
-    """LoRA's pair beside the size of each input, √(mean x_j²), measured at the base."""
-
-    pair: ClassVar[bool] = True
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "x"})
-    frozen: ClassVar[frozenset[str]] = frozenset({"x"})
-    needs: ClassVar[frozenset[str]] = frozenset({"covariance"})
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [r, in], B [out, r] = 0 and x [in]; all sizes are 1 without data."""
-        x = evidence.weight.new_ones(site.d_in)
-        if evidence.covariance is not None:
-            x = covariance_of(evidence, "PRILoRA").diagonal().clamp_min(0).sqrt().to(x)
-        return plain_pair(site, evidence) | {"x": x}
-
-    def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        return t["B"], t["A"]
+from loralab.methods.budgeting._evidence import PairAndInputs
+from loralab.recipe import Look, OwnStart, Schedule, Site, SiteState
 
 
 @dataclass(frozen=True)

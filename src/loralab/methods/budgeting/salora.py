@@ -1,12 +1,10 @@
-"""SaLoRA (Mathematics 2023, 11(20), 4317; not on arXiv): dW = s B diag(g) A, whose gates close.
+"""SaLoRA (not on arXiv): dW = s B diag(g) A, whose gates close.
 
-g is hard concrete (`_gates.py`): ŝ = σ((log u - log(1-u) + log α) / τ), u ~ U(0, 1) in training, g
-= min(1, max(0, ŝ (ζ - γ) + γ)); in evaluation ŝ = σ(log α). R = Σ_i σ(log α_i - τ log(-γ/ζ)) are
-expected open. Budget b by Lagrangian relaxation: min over θ, max over β of L + β (mean R - b)² +
-λ R_orth, R_orth = ‖BᵀB - I‖² + ‖A Aᵀ - I‖² (sections 3.2 to 3.4). Closed ranks are removed (3.5).
-
-γ = -0.1, ζ = 1.1, τ = 1 and log α at the start are LoRAFactory's, whose later versions are another
-method; B = 0, λ, `growth` and the steps of β and log α are ours.
+ŝ = σ((log u - log(1-u) + log α) / τ), u ~ U(0, 1), g = min(1, max(0, ŝ (ζ - γ) + γ)); in evaluation
+ŝ = σ(log α). The loss gains λ (‖BᵀB - I‖² + ‖A Aᵀ - I‖²). `_gates.py` holds the budget (section
+3.3) and removes closed ranks (3.5). γ = -0.1, ζ = 1.1, τ = 1 and log α at the start are
+LoRAFactory's, whose later versions are another method; B = 0, λ, `growth` and the steps of β and
+log α are ours.
 
 :summary: Random gates on the ranks learn to close under a budget on how many stay open
 :equation: dW = s B diag(g) A, g hard concrete; max over b: L + b (mean E|g|_0 - budget)^2
@@ -20,7 +18,7 @@ method; B = 0, λ, `growth` and the steps of β and log α are ours.
 :verified: the survey arXiv 2601.22708 and LoRAFactory's code; the paper's text was not to be had
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,11 +27,10 @@ from torch import Tensor
 
 from loralab.bounds import AtLeastOne, NonNegative
 from loralab.methods import register
-from loralab.methods.budgeting._gates import DropClosed, GateAdamW, chance_open, hard_concrete
-from loralab.methods.budgeting._ranks import alive
+from loralab.methods.budgeting._gates import GateAdamW, L0Budget, hard_concrete
 from loralab.methods.budgeting._svd import off_orthonormal
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Site, SiteState, Tensors
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -78,39 +75,6 @@ class SaLoRA(Form):
 
     def penalty(self, t: Tensors, site: Site) -> Tensor | None:
         return self.orthogonal * (off_orthonormal(t["B"].mT) + off_orthonormal(t["A"]))
-
-
-@dataclass(frozen=True)
-class L0Budget(DropClosed):
-    """Hold the expected number of open gates of all sites together at the budget.
-
-    Args:
-        beta: β at the start.
-        beta_lr: step of β's gradient ascent.
-    """
-
-    singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "log_alpha"})
-
-    beta: NonNegative = 1.0
-    beta_lr: NonNegative = 1.0
-
-    def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        """Add the gradient of β (mean R - b)² by log α, and let β ascend."""
-        state = sites[0].state
-        if "budget" not in state:
-            n = sum(site.t["log_alpha"].shape[-1] for site in sites)
-            one = torch.ones_like(sites[0].t["log_alpha"][:, 0])
-            budget = sum(site.site.rank for site in sites) / n
-            state |= {"n": n * one, "budget": budget * one, "beta": self.beta * one}
-        p = [chance_open(s.t["log_alpha"]) * alive(s, "log_alpha") for s in sites]
-        gap = torch.stack([one.sum(-1) for one in p]).sum(0) / state["n"] - state["budget"]
-        slope = (2 * state["beta"] * gap / state["n"])[:, None]
-        for site, one in zip(sites, p, strict=True):
-            site.g["log_alpha"].add_(slope * one * (1 - one))
-        state["beta"].add_(self.beta_lr * gap.square())
-
-    def open(self, site: SiteState) -> Tensor:
-        return (hard_concrete(site.t["log_alpha"]) > 0) & alive(site, "log_alpha").bool()
 
 
 register("salora", "budgeting", __doc__, SaLoRA(), rule=GateAdamW(), schedule=L0Budget())

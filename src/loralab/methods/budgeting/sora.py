@@ -1,20 +1,13 @@
-"""SoRA, arXiv 2311.11696, section 3: dW = s W_u diag(g) W_d with gates g that become exactly 0.
+"""SoRA: dW = s W_u diag(g) W_d with gates g that become exactly 0.
 
-Each step ends with the proximal one of λ‖g‖₁: g ← T_ξ(g - η ∇L), T_ξ(x) = sign(x) max(|x| - ξ, 0)
-with ξ = η_t λ. W_d, W_u start as LoRA's A and B, g from N(0, 1). At the end the ranks whose gate is
-0 are removed. Until then a gate may come back.
-
-From the authors' code (TsinghuaC3I/SoRA) and the abstract: ξ is one number there (3e-4 in the
-scripts), whatever the learning rate; `times_lr` multiplies it as in the other of their two files.
-That code also adds 10 mean|g| to the loss and thresholds twice, so that gates below 2 ξ vanish;
-neither is the proximal step and neither is here.
+Each step ends with the proximal one of λ‖g‖₁: g ← T_ξ(g - η ∇L), T_ξ(x) = sign(x) max(|x| - ξ, 0),
+ξ = η_t λ. The authors' scripts have one ξ (3e-4), one of their files multiplies it by the learning
+rate (`times_lr`), and they add 10 mean|g| to the loss and threshold twice, which is not done here.
 
 :summary: A gate on each rank, pulled to exactly zero by a soft threshold
 :equation: dW = s B diag(g) A, g <- sign(g') max(|g'| - xi, 0)
 :trap: The rank asked for is the largest one; how many stay depends on xi times the number of steps.
-:trap: The threshold acts on the gates alone and after the step; as a term of the loss under Adam it
-    would never give exact zeros.
-:trap: Gates have no weight decay.
+:trap: As a term of the loss under Adam the threshold would never give exact zeros.
 :title: Sparse Low-rank Adaptation of Pre-trained Language Models
 :authors: Ning Ding, Xingtai Lv, Qiaosen Wang, Yulin Chen, Bowen Zhou, Zhiyuan Liu, Maosong Sun
 :source: arXiv 2311.11696, 2023: section 3, the proximal update of the gate
@@ -25,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from loralab.bounds import NonNegative
 from loralab.methods import register
 from loralab.methods.budgeting._gates import DropClosed
-from loralab.methods.expansion.lora import plain_pair
+from loralab.methods.expansion.lora import normal, plain_pair
 from loralab.recipe import Evidence, Form, Hyper, Site, SiteState, Tensors
 from loralab.training.adamw import AdamW
 
@@ -45,9 +37,7 @@ class SoRA(Form):
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in] and B [out, r] = 0 as LoRA's, and gate [r] ~ N(0, 1)."""
-        source = evidence.generator("gate")
-        gate = torch.randn(site.rank, generator=source, dtype=torch.float64)
-        return plain_pair(site, evidence) | {"gate": gate.to(evidence.weight)}
+        return plain_pair(site, evidence) | {"gate": normal(evidence, "gate", site.rank, std=1.0)}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return t["B"], t["gate"].unsqueeze(-1) * t["A"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from loralab.bounds import Count
@@ -43,6 +44,28 @@ def forget(site: SiteState) -> None:
     """Empty the optimizer's memory of the site, its step count included."""
     for memory in site.state.values():
         memory.zero_()
+
+
+def keep_largest(x: Tensor, share: float) -> None:
+    """Set all but this share of the entries of each slot of x [K, ...] to 0, by size."""
+    size = x.flatten(1).abs()
+    order = size.argsort(dim=1, descending=True, stable=True)
+    n = round(share * size.shape[1])
+    x.mul_(torch.zeros_like(size).scatter_(1, order[:, :n], 1.0).view_as(x))
+
+
+def choose_blocks(sites: Sequence[SiteState], n: int, count: int) -> None:
+    """Note in every site's memory as `chosen` which slots [K] train its block in phase `count`.
+
+    Every slot draws n of the transformer blocks for itself.
+    """
+    for slot in range(len(sites[0].seeds)):
+        generator = sites[0].generator(slot, "layers of booster", count)
+        order = torch.randperm(sites[0].site.n_layers, generator=generator)
+        chosen = set(order[:n].tolist())
+        for site in sites:
+            mask = site.state.setdefault("chosen", torch.zeros_like(site.scale))
+            mask[slot] = float(site.site.layer in chosen)
 
 
 def total_rank(site: SiteState, present: Tensor | int) -> Tensor:

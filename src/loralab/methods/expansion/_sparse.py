@@ -21,6 +21,22 @@ def random_entries(n: int, m: int, d: int, seed: int) -> Tensor:
     return torch.randperm(m * d, generator=torch.Generator().manual_seed(seed))[:n]
 
 
+def rows_and_diagonal(m: int, n: int, count: int) -> Tensor:
+    """Return the places of the diagonal and of as many evenly spaced rows as `count` allows."""
+    n_rows = min(m, max(0, count - min(m, n)) // n)
+    on = torch.zeros(m, n, dtype=torch.bool)
+    on.diagonal().fill_(True)
+    if n_rows:
+        on[:: -(-m // n_rows)] = True
+    return on.flatten().nonzero().squeeze(-1)
+
+
+def spread(c: Tensor, entries: Tensor, site: Site) -> Tensor:
+    """Return [*, out, in] with c [*, n] at the flat positions `entries` and 0 elsewhere."""
+    zeros = c.new_zeros(*c.shape[:-1], site.d_out * site.d_in)
+    return zeros.scatter(-1, entries.expand(c.shape), c).unflatten(-1, (site.d_out, -1))
+
+
 @dataclass(frozen=True)
 class SparseForm(Form):
     """A transform of n coefficients c; alpha is the whole scale.
@@ -51,6 +67,4 @@ class SparseForm(Form):
 
     def spread(self, t: Tensors, site: Site) -> Tensor:
         """Return [*, out, in] with c at its entries and 0 elsewhere."""
-        c = t["c"]
-        zeros = c.new_zeros(*c.shape[:-1], site.d_out * site.d_in)
-        return zeros.scatter(-1, t["entries"].expand(c.shape), c).unflatten(-1, (site.d_out, -1))
+        return spread(t["c"], t["entries"], site)

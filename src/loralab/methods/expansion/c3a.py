@@ -1,20 +1,17 @@
-"""C3A: dW = C_blk(Δw), a grid of circulant b x b blocks.
+"""C3A: dW = C_blk(Δw), a grid of circulant b x b blocks: (Δw ⋆ x)_t = Σ_l Δw_l x_{t+l}, by FFT.
 
-The rows of a block below its first shift that to the right, so (Δw ⋆ x)_t = Σ_l Δw_l x_{t+l}, by
-FFT as in eq. 1. Eq. 1 also divides by the size, and the authors' code by the number of inputs; the
-published learning rates (0.05 to 7) go with that.
+Eq. 1 also divides by the size, and the authors' code by the number of inputs.
 
 :summary: Block-circulant update: full rank from in·out/b numbers, applied by FFT
 :equation: dW = C_blk(w) / in, block (i, j) circulant with first row w_ij
 :trap: The rank asked for has no effect; the block size b sets the number of parameters.
-:trap: Divided by the number of inputs, it needs rates of 0.1 and more.
+:trap: Divided by the number of inputs, it needs large rates: 0.05 to 7 in the paper.
 :trap: Column index minus row index: the transposed circulant is another model.
 :trap: The gradient for x takes the transposed circulant; PEFT's backward does not.
 :title: Parameter-Efficient Fine-Tuning via Circular Convolution
 :authors: Aochuan Chen, Jiashun Cheng, Zijing Liu, Ziqi Gao, Fugee Tsung, Yu Li, Jia Li
 :source: arXiv 2407.19342, 2024: section 3.4, eqs. 1, 3 and 4, algorithm A1
-:verified: paper and equality with installed PEFT (the authors' code) for outputs, weights and the
-    kernel's gradient
+:verified: paper; equality with installed PEFT (the authors' code), the kernel's gradient included
 """
 
 from dataclasses import dataclass
@@ -38,8 +35,7 @@ class C3A(Form):
     Args:
         block: b, a common divisor of inputs and outputs; None for the greatest.
         divide: divide by the number of inputs (eq. 1 and the authors' code); False for eqs. 3, 4.
-        init_w: "zero" or the paper's "xavier", which does not start at the base. dW is linear in
-            Δw, so zero is what anchoring any other start would give.
+        init_w: "zero", what anchoring makes of any start, or the paper's "xavier", off the base.
     """
 
     any_rank: ClassVar[bool] = True
@@ -51,13 +47,8 @@ class C3A(Form):
     init_w: Literal["zero", "xavier"] = "zero"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return w [out/b, in/b, b].
-
-        Raises:
-            UserError: b does not divide inputs and outputs.
-        """
-        m, n = site.d_out, site.d_in
-        b = self.block or gcd(m, n)
+        """Return w [out/b, in/b, b]; a UserError if b does not divide inputs and outputs."""
+        m, n, b = site.d_out, site.d_in, self.block or gcd(site.d_out, site.d_in)
         if m % b or n % b:
             raise UserError(
                 f"C3A with block = {b} cannot adapt {site.name}: its {n} inputs and {m} outputs "

@@ -1,22 +1,19 @@
 """Delta-LoRA: W(t+1) = W(t) + λ (α/r) (B(t+1) A(t+1) - B(t) A(t)), beside A and B, after K steps.
 
-The paper writes A B for our B A. The steps add up to λ s (B A - B_K A_K) with the pair as it was
-when the motion began, so that W stays as it is and two small frozen factors hold its motion:
-dW = s [B A + λ (B̄ Ā - B_K A_K)], where the bars say that no gradient flows: to A and B the moving
-W is a constant.
+The paper writes A B for our B A. The steps add up, so that W stays as it is and two small frozen
+factors, the pair as it was when the motion began, hold the motion:
+dW = s [B A + λ (B̄ Ā - B_K A_K)], where the bars say that no gradient flows.
 
 :summary: The weight itself also moves, by the change of B A, without its own gradient
 :equation: W <- W + lambda s (B' A' - B A) at each step after K; dW = that motion + s B A
-:trap: The motion of W takes no part in the gradient: that of A and B is LoRA's, not (1 + lambda)
-    times it.
+:trap: The gradient of A and B is LoRA's, not (1 + lambda) times it: W's motion is a constant.
 :trap: The changes telescope: the motion has rank 2 r at most.
 :trap: Within the first K steps it is LoRA; the paper's 500 suit its long runs.
 :trap: The paper trains it without dropout, so that W and the pair see the same input.
 :title: Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices
 :authors: Bojia Zi, Xianbiao Qi, Lingzhi Wang, Jianan Wang, Kam-Fai Wong, Lei Zhang
 :source: arXiv 2309.02411, 2023: algorithm 1
-:verified: LoRAFactory, which quotes the algorithm, and the abstract; the paper's text was not to be
-    had
+:verified: abstract and LoRAFactory, which quotes the algorithm; the paper's text was not to be had
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,11 +32,7 @@ from loralab.recipe import Evidence, Schedule, Site, SiteState, Tensors
 
 @dataclass(frozen=True)
 class DeltaLoRA(Pair):
-    """A pair, and the motion that it hands on to W.
-
-    Args:
-        ratio: λ, how far W moves for a change of the product; 2 in the paper.
-    """
+    """A pair, and the motion that it hands on to W: `ratio`, λ, times its own; 2 in the paper."""
 
     pair: ClassVar[bool] = False  # an anchor's frozen start, taken from A_K, B_K, would shift it
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "A_K", "B_K", "moving"})

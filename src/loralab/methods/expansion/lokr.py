@@ -1,8 +1,7 @@
 """LoKr: dW = γ [C ⊗ (B A)], γ = α / r; KronA is arXiv 2212.10650.
 
-C [u_p, u_q], B [v_p, r], A [r, v_q] for p outputs and q inputs, with u_p the largest divisor of p
-that is at most min(f, √p) and v_p = p / u_p. The low-rank block is optional in the paper; as in
-the authors' code it is one full matrix D [v_p, v_q] from r >= max(v_p, v_q) / 2 on.
+C [u_p, u_q], B [v_p, r], A [r, v_q] for p = u_p v_p outputs, q = u_q v_q inputs. B A is optional
+in the paper; as in the authors' code it is a full D [v_p, v_q] from r >= max(v_p, v_q) / 2 on.
 
 :summary: A Kronecker product of a small and a low-rank block: high rank, few parameters
 :equation: dW = s C kron (B A), C [u_p, u_q], u_p the largest divisor of p up to sqrt(p)
@@ -33,9 +32,8 @@ class LoKr(Form):
     """A Kronecker product of two blocks, one of them of low rank.
 
     Args:
-        factor: f, the most rows and columns that the smaller block may have; None for √p and √q.
-        low_rank: which block is B A: the "large" one (the paper) or the "small" one, which makes
-            dW = γ [(B A) ⊗ C] (the survey arXiv 2601.22708, with a factor of 32).
+        factor: f, most rows and columns of the smaller block (32 in the survey); None for √p, √q.
+        low_rank: "large" as in the paper; "small" is γ [(B A) ⊗ C] (survey arXiv 2601.22708).
     """
 
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
@@ -50,10 +48,7 @@ class LoKr(Form):
         return u, size // u
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return C and either A, B or D, Kaiming-uniform but for A = 0 or D = 0.
-
-        The zero factor is that of the authors' code; PEFT's default zeroes C instead.
-        """
+        """Return C and A, B or D. As in the authors' code A or D is 0; PEFT's default zeroes C."""
         (u_p, v_p), (u_q, v_q), r = self.split(site.d_out), self.split(site.d_in), site.rank
         C, BA = (u_p, u_q), (v_p, v_q)
         if self.low_rank == "small":

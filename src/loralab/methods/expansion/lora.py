@@ -1,7 +1,7 @@
 """LoRA: h = W0 x + (α / r) B A x, with A random and B = 0.
 
-The paper draws A from a Gaussian; the authors' code (and PEFT) use Kaiming-uniform with a = √5,
-which is U(±1/√n) for n inputs. The code's draw is the one all later papers compare with.
+The paper draws A from a Gaussian; the authors' code, PEFT and later papers draw Kaiming-uniform
+with a = √5, which is U(±1/√n) for n inputs.
 
 :summary: A trained pair of thin matrices beside each frozen weight
 :equation: dW = (alpha / r) B A, A ~ U(±1/sqrt(n)), B = 0
@@ -16,20 +16,16 @@ which is U(±1/√n) for n inputs. The code's draw is the one all later papers c
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loralab.bounds import NonNegative, OneOf, Positive
+from loralab.bounds import NonNegative, Positive
 from loralab.methods import register
 from loralab.recipe import Evidence, Form, Site, Tensors
 
-SCALES = {
-    "alpha/r": lambda alpha, r: alpha / r,
-    "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r),
-}
-Scaling = Annotated[str, OneOf(SCALES)]
+Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
 
 
 def uniform(evidence: Evidence, purpose: str, *shape: int, bound: float) -> Tensor:
@@ -46,19 +42,13 @@ def normal(evidence: Evidence, purpose: str, *shape: int, std: float) -> Tensor:
 
 def plain_pair(site: Site, evidence: Evidence) -> Tensors:
     """Return LoRA's start: A ~ U(±1/√n) [r, n] and B = 0 [m, r]."""
-    return {
-        "A": uniform(evidence, "A", site.rank, site.d_in, bound=site.d_in**-0.5),
-        "B": evidence.weight.new_zeros(site.d_out, site.rank),
-    }
+    A = uniform(evidence, "A", site.rank, site.d_in, bound=site.d_in**-0.5)
+    return {"A": A, "B": evidence.weight.new_zeros(site.d_out, site.rank)}
 
 
 @dataclass(frozen=True)
 class Pair(Form):
-    """What Forms made of one pair A, B have in common: dW = s B A, and the choice of s.
-
-    Args:
-        scaling: how s follows from alpha and r.
-    """
+    """What Forms made of one pair A, B have in common: dW = s B A, and the choice of s."""
 
     pair: ClassVar[bool] = True
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
@@ -66,7 +56,7 @@ class Pair(Form):
     scaling: Scaling = "alpha/r"
 
     def scale(self, alpha: float, rank: int) -> float:
-        return SCALES[self.scaling](alpha, rank)
+        return alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         return plain_pair(site, evidence)
@@ -77,12 +67,7 @@ class Pair(Form):
 
 @dataclass(frozen=True)
 class LoRA(Pair):
-    """One pair A, B.
-
-    Args:
-        alpha_base: c in the default alpha c·r^alpha_power, used when the user gives no alpha.
-        alpha_power: see `alpha_base`; 1 with c = 1 gives s = 1 under "alpha/r".
-    """
+    """One pair A, B. When the user gives no alpha it is alpha_base · r^alpha_power."""
 
     alpha_base: Positive = 1.0
     alpha_power: NonNegative = 1.0

@@ -1,15 +1,14 @@
 """MoRA: h = W0 x + f_decomp(M f_comp(x)), M square with r̂ = ⌊√((in + out) r)⌋.
 
-Neither function has parameters. "rotate" (eq. 9): x is cut into pieces of r̂, piece i is turned by
-the rotary angles of position i, M acts on each and the results stand side by side. "share"
-(eq. 6): the pieces are added up, and M's result is repeated. The last piece is filled up from the
-beginning of x; outputs too few for the layer are repeated, too many are cut off.
+"rotate" (eq. 9): x is cut into pieces of r̂, piece i is turned by the rotary angles of position i,
+M acts on each and the results stand side by side. "share" (eq. 6): the pieces are added up, and M's
+result is repeated. The last piece is filled up from the beginning of x; outputs too few for the
+layer are repeated, too many are cut off.
 
 :summary: One square matrix between fixed compression and decompression: high rank at LoRA's count
 :equation: dW x = f_decomp(M f_comp(x)), M of side floor(sqrt((in + out) r)), M = 0
 :trap: Alpha has no effect, and the rank only sets the side of M.
 :trap: For rotations the side is made even, so up to 2 r̂ parameters fewer than LoRA's.
-:trap: M = 0 is no dead start: its gradient needs no other tensor.
 :title: MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning
 :authors: Ting Jiang, Shaohan Huang, Shengyue Luo, Zihan Zhang, Haizhen Huang, Furu Wei, Weiwei
     Deng, Feng Sun, Qi Zhang, Deqing Wang, Fuzhen Zhuang
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from loralab.methods import register
+from loralab.methods.expansion._rotary import rotated
 from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
 
 
@@ -66,7 +66,7 @@ class MoRA(Form):
         if self.operator == "share":
             y = pieces.sum(-2) @ M.mT
         else:
-            y = (_rotary(pieces).flatten(-3, -2) @ M.mT).unflatten(-2, (-1, n)).flatten(-2)
+            y = (rotated(pieces).flatten(-3, -2) @ M.mT).unflatten(-2, (-1, n)).flatten(-2)
         if y.shape[-1] < site.d_out:
             y = torch.cat([y] * -(-site.d_out // y.shape[-1]), -1)
         return y[..., : site.d_out]
@@ -75,16 +75,6 @@ class MoRA(Form):
         M = t["M"]
         one = torch.eye(site.d_in, dtype=M.dtype, device=M.device)
         return self.branch(t, one.expand(*M.shape[:-2], -1, -1), site).mT
-
-
-def _rotary(pieces: Tensor) -> Tensor:
-    """Turn entries j and j + r̂/2 of piece i [..., n, r̂] by the angle i 10000^(-2j/r̂)."""
-    n, half = pieces.shape[-2], pieces.shape[-1] // 2
-    position = torch.arange(n, dtype=torch.float64, device=pieces.device)
-    angle = position[:, None] * 10000 ** (-torch.arange(half, device=pieces.device) / half)
-    cos, sin = angle.cos().to(pieces), angle.sin().to(pieces)
-    a, b = pieces[..., :half], pieces[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 register("mora", "expansion", __doc__, MoRA())

@@ -1,8 +1,8 @@
 """ReLoRA: at the end of each phase the update is folded away, A and B start anew, most of the
 optimizer's memory of them is dropped and the learning rate warms up again from 0 ("jagged").
 
-The paper adds s B A into W; here it goes to a frozen low-rank term, and W stays as it is. The paper
-pre-trains and begins with some full-rank steps; for fine-tuning there are none.
+The paper adds s B A into W; here it goes to a frozen low-rank term. The paper pre-trains, with some
+full-rank steps at first; for fine-tuning there are none.
 
 :summary: Folds the update away and restarts several times, so that ranks add up
 :equation: dW = s (B_1 A_1 + ... + B_k A_k), each pair trained after a restart
@@ -19,12 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from loralab.bounds import CountOrZero, Share
 from loralab.methods import register
-from loralab.methods.expansion._phases import Phases, forget
+from loralab.methods.expansion._phases import Phases, forget, keep_largest
 from loralab.methods.expansion.lora import LoRA
 from loralab.recipe import SiteState, Tensors
 
@@ -71,18 +68,10 @@ class ReLoRA(Phases):
             m, v = state.get(f"m.{factor}"), state.get(f"v.{factor}")
             for memory in (m, v):
                 if memory is not None:
-                    memory.mul_(_largest(memory, 1 - self.prune))
+                    keep_largest(memory, 1 - self.prune)
             if m is not None and v is not None and m.shape == v.shape:
                 # A first moment without its second would be divided by eps alone.
                 m.mul_(v != 0)
-
-
-def _largest(x: Tensor, kept: float) -> Tensor:
-    """Return a mask of the `kept` fraction of largest |x| within each slot of x [K, ...]."""
-    size = x.flatten(1).abs()
-    order = size.argsort(dim=1, descending=True, stable=True)
-    n = round(kept * size.shape[1])
-    return torch.zeros_like(size).scatter_(1, order[:, :n], 1.0).view_as(x)
 
 
 register("relora", "expansion", __doc__, LoRA(), schedule=ReLoRA())

@@ -1,9 +1,7 @@
-"""XGBLoRA: W_t = W_{t-1} + s B_t A_t, each booster t of rank 1, trained for κ steps on L_s randomly
-drawn layers; then it joins the frozen part and the next one begins.
+"""XGBLoRA: W_t = W_{t-1} + s B_t A_t, booster t of rank 1, trained for κ steps on L_s layers.
 
-The paper merges into W; here the sum is the adapter's own frozen low-rank term. It adds the
-boosters unshrunk, α_t = 1 in eq. 8. Eq. 7 adds the norms of A and B to a booster's loss, with a
-weight that could not be had: here weight decay stands for it.
+The paper adds it to W, unshrunk (α_t = 1 in eq. 8); here a frozen low-rank term takes it. The
+norms of A and B that eq. 7 adds to the loss are weight decay here: their weight is not known.
 
 :summary: Boosting: a chain of rank-1 updates, each on a few layers drawn at random
 :equation: dW = s (B_1 A_1 + ... + B_T A_T), A_t, B_t of rank 1 and 0 outside L_s layers
@@ -13,20 +11,18 @@ weight that could not be had: here weight decay stands for it.
 :title: Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs
 :authors: Yifei Zhang, Hao Zhu, Aiwei Liu, Han Yu, Piotr Koniusz, Irwin King
 :source: arXiv 2410.19694, 2024: eq. 8
-:verified: the abstract, the reviews on OpenReview and the survey arXiv 2601.22708; its text was not
-    to be had, so the number of boosters is ours
+:verified: abstract, OpenReview's reviews, the survey arXiv 2601.22708; its text was not to be had
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from loralab.bounds import Count
 from loralab.methods import register
-from loralab.methods.expansion._phases import Phases, forget, total_rank
+from loralab.methods.expansion._phases import Phases, choose_blocks, forget, total_rank
 from loralab.methods.expansion.lora import LoRA, plain_pair
 from loralab.recipe import Evidence, Look, Site, SiteState, Start, Tensors
 from loralab.training.adamw import per_slot
@@ -60,19 +56,9 @@ class Boosting(Phases):
     n_boosters: Count = 10
     n_layers: Count = 2
 
-    def draw(self, sites: Sequence[SiteState], count: int) -> None:
-        """Note in every site's memory which slots [K] train it in booster number `count`."""
-        for slot in range(len(sites[0].seeds)):
-            generator = sites[0].generator(slot, "layers of booster", count)
-            order = torch.randperm(sites[0].site.n_layers, generator=generator)
-            chosen = set(order[: self.n_layers].tolist())
-            for site in sites:
-                mask = site.state.setdefault("chosen", torch.zeros_like(site.scale))
-                mask[slot] = float(site.site.layer in chosen)
-
     def before_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         if "chosen" not in sites[0].state:
-            self.draw(sites, 0)
+            choose_blocks(sites, self.n_layers, 0)
         for site in sites:
             for gradient in site.g.values():  # is 0 for the others, be it finite or not
                 gradient.masked_fill_(per_slot(site.state["chosen"] == 0, gradient), 0.0)
@@ -85,7 +71,7 @@ class Boosting(Phases):
                 # Everywhere, or the draws of a slot would depend on who shares its pack.
                 site.renew(count)
                 forget(site)
-            self.draw(sites, count)
+            choose_blocks(sites, self.n_layers, count)
 
     def ranks(self, sites: Sequence[SiteState]) -> list[Tensor]:
         return [total_rank(site, site.site.rank * site.state["chosen"]) for site in sites]

@@ -1,11 +1,13 @@
 """What methods with tensors of several layers have in common."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, OwnStart, Site, Tensors
+from loralab.bounds import Positive
+from loralab.recipe import Form, OwnStart, Recipe, Site, Tensors
+from loralab.training.adamw import AdamW
 
 
 def cut(t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
@@ -13,13 +15,20 @@ def cut(t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
     return t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
 
 
-def random_bases(site: Site, evidence: Evidence) -> Tensors:
-    """Return U_r [out, r] and V_r [r, in], Kaiming-uniform."""
-    r, m, n = site.rank, site.d_out, site.d_in
-    return {
-        "U_r": uniform(evidence, "U_r", m, r, bound=r**-0.5),
-        "V_r": uniform(evidence, "V_r", r, n, bound=n**-0.5),
-    }
+class NoAlpha(Form):
+    """A Form whose paper has no alpha: s = 1."""
+
+    def scale(self, alpha: float, rank: int) -> float:
+        return 1.0
+
+
+class StartsOff(Form):
+    """A Form whose own start is not the base."""
+
+    def objection(self, recipe: Recipe) -> tuple[str, str] | None:
+        if recipe.start.anchored or isinstance(recipe.start, AnchoredStart):
+            return None
+        return "start", "its first update is not 0, so it needs a start that takes it off the base"
 
 
 @dataclass(frozen=True)
@@ -31,3 +40,19 @@ class AnchoredStart(OwnStart):
     """
 
     anchored: bool = True
+
+
+@dataclass(frozen=True)
+class BankRates(AdamW):
+    """AdamW with a learning rate of its own for a shared bank of vectors.
+
+    Args:
+        ratio: the bank's rate as a multiple of the others'; VB-LoRA has 0.001 / 0.01.
+    """
+
+    singles_out: ClassVar[frozenset[str]] = frozenset({"bank"})
+
+    ratio: Positive = 0.1
+
+    def lr_ratio(self, name: str) -> float:
+        return self.ratio if name == "bank" else 1.0

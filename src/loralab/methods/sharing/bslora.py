@@ -1,8 +1,8 @@
 """BSLoRA (PMLR 267:78883; not on arXiv): dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)).
 
-A, B are the layer's own, A_1, B_1 shared within a block, A_2, B_2 by the whole model. T fits the
-shared pairs to the layer: "slice" cuts the middle out of a pair of the largest size; "gate" is
-g_ou g_od (B A) g_iu g_id, with vectors g of the layer; "kron" is (K_B ⊗ B)(K_A ⊗ A).
+A, B are the layer's own, A_1, B_1 shared within a block, A_2, B_2 by the whole model. T fits a
+shared pair to the layer (`_fits`): "slice" cuts out its middle, "gate" is g_ou g_od (B A) g_iu g_id
+with vectors g of the layer, "kron" is (K_B ⊗ B)(K_A ⊗ A).
 
 :summary: A local pair beside one shared within the block and one shared by the model
 :equation: dW = 2 (B A + T(B_1 A_1) + T(B_2 A_2)), T = slice, gate or Kronecker product
@@ -27,10 +27,10 @@ from torch import Tensor
 from loralab.bounds import Count, OneOf, Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
+from loralab.methods.sharing._fits import SIDES, fitted, shapes
 from loralab.recipe import Evidence, Form, Site, Tensors
 
-SIZES = {"slice": 1, "gate": 1024, "kron": 256}  # S; a sliced pair has the layer's own sides
-LEVELS = ("_intra", "_inter")  # what the names of the shared pairs' tensors end with
+LEVELS = {"_intra": "layer", "_inter": "model"}  # what the shared tensors' names end with
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,9 @@ class BSLoRA(Form):
         size: side of the shared pairs under "gate" and "kron"; None is the authors' 1024 and 256.
     """
 
-    shared: ClassVar[Mapping[str, str]] = {
-        "A_intra": "layer",
-        "B_intra": "layer",
-        "A_inter": "model",
-        "B_inter": "model",
-    }
+    shared: ClassVar[Mapping[str, str]] = {f + end: LEVELS[end] for end in LEVELS for f in "AB"}
 
-    transform: Annotated[str, OneOf(SIZES)] = "kron"
+    transform: Annotated[str, OneOf(SIDES)] = "kron"
     local: Positive = 0.25
     intra: Positive = 0.5
     inter: Positive = 1.0
@@ -63,39 +58,22 @@ class BSLoRA(Form):
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return the three pairs, their B at 0, and the layer's gates or Kronecker factors."""
-        m, n, S = site.d_out, site.d_in, self.size or SIZES[self.transform]
-        fitting = {
-            "slice": {},
-            "gate": {"g_id": (1, n), "g_iu": (S, 1), "g_od": (1, S), "g_ou": (m, 1)},
-            "kron": {"K_A": (1, -(-n // S)), "K_B": (-(-m // S), 1)},
-        }
         t: Tensors = {}
-        for level, share in zip(("", *LEVELS), (self.local, self.intra, self.inter), strict=True):
+        for end, share in zip(("", *LEVELS), (self.local, self.intra, self.inter), strict=True):
+            how = self.transform if end else "slice"  # the local pair has the layer's own sides
             r = max(1, round(share * site.rank))
-            high, wide = (S, S) if level and self.transform != "slice" else (m, n)
-            random = {"A": (r, wide)} | (fitting[self.transform] if level else {})
-            for name, shape in random.items():
-                name += level
-                t[name] = uniform(evidence, name, *shape, bound=shape[1] ** -0.5)
-            t[f"B{level}"] = evidence.weight.new_zeros(high, r)
+            for name, shape in shapes(how, site.d_out, site.d_in, r, self.size).items():
+                if name == "B":
+                    t[name + end] = evidence.weight.new_zeros(shape)
+                else:
+                    t[name + end] = uniform(evidence, name + end, *shape, bound=shape[1] ** -0.5)
         return t
 
-    def _fitted(self, t: Tensors, level: str, site: Site) -> tuple[Tensor, Tensor]:
-        """Return the factors of T(B A)."""
-        m, n = site.d_out, site.d_in
-        own = {k.removesuffix(level): v for k, v in t.items() if k.endswith(level)}
-        A, B = own["A"], own["B"]
-        if self.transform == "gate":
-            return own["g_ou"] @ (own["g_od"] @ B), (A @ own["g_iu"]) @ own["g_id"]
-        if self.transform == "kron":
-            high = own["K_B"].unsqueeze(-1) * B.unsqueeze(-3)  # [*, out / S, S, r]
-            wide = own["K_A"].unsqueeze(-1) * A.unsqueeze(-2)  # [*, r, in / S, S]
-            return high.flatten(-3, -2)[..., :m, :], wide.flatten(-2)[..., :n]
-        top, left = (B.shape[-2] - m) // 2, (A.shape[-1] - n) // 2
-        return B[..., top : top + m, :], A[..., left : left + n]
-
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        pairs = [(t["B"], t["A"]), *(self._fitted(t, level, site) for level in LEVELS)]
+        pairs = [(t["B"], t["A"])]
+        for end in LEVELS:
+            level = {name.removesuffix(end): x for name, x in t.items() if name.endswith(end)}
+            pairs.append(fitted(self.transform, level, site.d_out, site.d_in))
         return torch.cat([B for B, _ in pairs], -1), torch.cat([A for _, A in pairs], -2)
 
 

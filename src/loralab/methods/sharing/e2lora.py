@@ -1,10 +1,8 @@
-"""E²LoRA (OpenReview IQttyo0460; not on arXiv): the layers l of a sharing interval have one pair.
-Intervals and their ranks come from the gradients G_l at the base.
+"""E²LoRA (OpenReview IQttyo0460; not on arXiv): the layers l of a sharing interval I have one pair.
 
-Proxy entropy H(G) = log σ_G + ½ log 2π + ½, σ_G the spread of G's entries; I(G_i; G_j) = H(G_i) +
-H(G_j) - H(G_i, G_j), of both together; RMI = I / min(H(G_i), H(G_j)). An interval grows from its
-first layer m while RMI(m, l) >= τ_m, the mean of RMI(m, k) over the other k. The ranks share out
-N r in proportion to an interval's largest H. E²ShareLoRA, with one A for all, is not offered.
+Intervals follow from the mutual information of the gradients G_l at the base (`_intervals`). Their
+ranks share out N r for N layers in proportion to max H(G_l) over I, H(G) = log σ_G + ½ log 2π + ½
+with σ_G the spread of G's entries. E²ShareLoRA, with one A for all, is not offered.
 
 :summary: One pair per interval of alike layers, its rank by the entropy of their gradients
 :equation: dW_l = s B_I A_I; intervals I by mutual information, ranks by max H(G_l) over I
@@ -21,58 +19,25 @@ N r in proportion to an interval's largest H. E²ShareLoRA, with one A for all, 
     repository; the text was not to be had, and LoRAFactory has a flag but no code
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from loralab.bounds import Positive
-from loralab.errors import UserError
 from loralab.methods import register
+from loralab.methods.sharing._intervals import Intervals, moments_of
 from loralab.methods.sharing.sharelora import ShareLoRA
-from loralab.recipe import Evidence, Look, OwnStart, Site
-
-Moments = tuple[float, float, float]  # count, sum and sum of squares of a gradient's entries
+from loralab.recipe import Look, Site
 
 
 @dataclass(frozen=True)
-class EntropyIntervals(OwnStart):
+class EntropyIntervals(Intervals):
     """Sharing intervals among the layers of each kind, and their ranks.
 
     Args:
-        unit: what gradients are measured in.
         budget: N r shared out over the N "layers", or over the "intervals", as in the note.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
-
-    unit: Positive = 1e-8
     budget: Literal["layers", "intervals"] = "layers"
-
-    def entropy(self, *moments: Moments) -> float:
-        """Return H of the entries of one gradient or of several together."""
-        n, total, squares = (sum(m) for m in zip(*moments, strict=True))
-        sigma = math.sqrt(max(squares / n - (total / n) ** 2, 0.0))
-        # A gradient of zeros has the entropy of one unit.
-        return math.log(max(sigma / self.unit, 1.0)) + 0.5 * math.log(2 * math.pi) + 0.5
-
-    def intervals(self, moments: Sequence[Moments]) -> list[list[int]]:
-        """Return the layers' indices by interval, for the layers of one kind in their order."""
-        H = [self.entropy(m) for m in moments]
-
-        def rmi(i: int, j: int) -> float:
-            return (H[i] + H[j] - self.entropy(moments[i], moments[j])) / min(H[i], H[j])
-
-        found: list[list[int]] = []
-        threshold = 0.0
-        for i in range(len(H)):
-            if found and rmi(found[-1][0], i) >= threshold:
-                found[-1].append(i)
-            else:
-                found.append([i])
-                others = [rmi(i, k) for k in range(len(H)) if k != i]
-                threshold = sum(others) / max(len(others), 1)
-        return found
 
     def plan(self, sites: Sequence[Site], evidence: Look) -> dict[str, tuple[str, int]]:
         """Return (name of the group, rank) by site."""
@@ -97,14 +62,6 @@ class EntropyIntervals(OwnStart):
 
     def groups(self, sites: Sequence[Site], evidence: Look) -> dict[str, str]:
         return {name: group for name, (group, _) in self.plan(sites, evidence).items()}
-
-
-def moments_of(evidence: Evidence) -> Moments:
-    """Return the moments of a gradient's entries, or raise UserError if there is none."""
-    if evidence.gradient is None:
-        raise UserError("E²LoRA looks at gradients: give `data`, an iterable of batches")
-    G = evidence.gradient.double()
-    return float(G.numel()), G.sum().item(), G.square().sum().item()
 
 
 register(

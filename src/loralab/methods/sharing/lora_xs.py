@@ -15,18 +15,15 @@ Here W = U Σ Vᵀ is [out, in], U_r [out, r] and V_r [r, in] are frozen, and V_
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from loralab.bounds import CountOrZero, NonNegative
-from loralab.errors import UserError
+from loralab.bounds import NonNegative
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal
-from loralab.methods.initialization._svd import fast_svd
-from loralab.methods.sharing._shared import random_bases
-from loralab.recipe import Evidence, Form, Site, Start, Tensors
+from loralab.methods.sharing._bases import SVDBases, random_bases
+from loralab.recipe import Evidence, Form, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -50,46 +47,6 @@ class LoRAXS(Form):
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return t["U_r"] @ t["R"], t["V_r"]
-
-
-@dataclass(frozen=True)
-class SVDBases(Start):
-    """Bases from r singular triplets of W.
-
-    Args:
-        sigma_side: where Σ_r goes: "in" with V_r, "out" with U_r, "both" half each.
-        part: "top" or, the paper's ablation, "bottom" triplets.
-        niter: power iterations of the fast SVD (10 in the authors' first code); None is exact.
-    """
-
-    pair_only: ClassVar[bool] = False
-    singles_out: ClassVar[frozenset[str]] = frozenset({"U_r", "V_r"})
-
-    sigma_side: Literal["in", "out", "both"] = "in"
-    part: Literal["top", "bottom"] = "top"
-    niter: CountOrZero | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.niter is not None and self.part == "bottom":
-            raise UserError("the fast SVD finds top triplets only: part = 'bottom' takes no niter")
-
-    @property
-    def seeded(self) -> bool:  # type: ignore[override]
-        """The exact SVD draws nothing."""
-        return self.niter is not None
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        if self.niter is None:
-            U, S, Vh = torch.linalg.svd(evidence.weight, full_matrices=False)
-            keep = slice(site.rank) if self.part == "top" else slice(len(S) - site.rank, None)
-            U, S, Vh = U[:, keep], S[keep], Vh[keep]
-        else:
-            U, S, Vh = fast_svd(
-                evidence.weight, site.rank, self.niter, evidence.generator("sketch")
-            )
-        power = {"in": 0.0, "both": 0.5, "out": 1.0}[self.sigma_side]
-        return {"U_r": U * S**power, "V_r": (S ** (1 - power))[:, None] * Vh}
 
 
 register("lora_xs", "sharing", __doc__, LoRAXS(), start=SVDBases())

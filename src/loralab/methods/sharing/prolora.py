@@ -6,10 +6,8 @@ stretches see the same directions.
 
 :summary: Within one adapter, rotated copies of a small chunk beside a few plain ranks
 :equation: A = [A_u; roll(A_0, i s_A) for i < m], B alike; dW = (alpha / r) B A
-:trap: The copies lie along the hidden dimension and are rotated along the ranks; LoRAFactory
-    rotates them along the hidden dimension.
-:trap: The chunk's start is bounded by all the layer's inputs, not by the chunk's own.
-:trap: Without rotation or plain ranks all stretches of the input are treated alike.
+:trap: The copies lie along the hidden dimension and are rotated along the ranks.
+:trap: The chunk's "rectified" start is bounded by all the layer's inputs, not by the chunk's own.
 :title: PRoLoRA: Partial Rotation Empowers More Parameter-Efficient LoRA
 :authors: Sheng Wang, Boyang Xue, Jiacheng Ye, Jiyue Jiang, Liheng Chen, Lingpeng Kong, Chuan Wu
 :source: arXiv 2402.16902, 2024: section 3
@@ -36,8 +34,7 @@ class PRoLoRA(Form):
 
     Args:
         unshared: u, plain ranks; below the rank.
-        m: chunks that A's hidden dimension is made of.
-        n: chunks that B's is made of.
+        m, n: chunks that the hidden dimensions of A and B are made of.
         rotate: what is rotated: "rank" (the paper and its code) or "hidden", each chunk along its
             own hidden dimension by ⌊chunk / m⌋ (LoRAFactory).
     """
@@ -57,7 +54,6 @@ class PRoLoRA(Form):
                 f"rank exceeds that; it is {site.rank}"
             )
         u, q, zeros = self.unshared, site.rank - self.unshared, evidence.weight.new_zeros
-        # The bound is that of all inputs, not of the chunk: the "rectified" start.
         bound = site.d_in**-0.5
         A0 = uniform(evidence, "A0", q, -(-site.d_in // self.m), bound=bound)
         t = {"A0": A0, "B0": zeros(-(-site.d_out // self.n), q)}
@@ -68,15 +64,10 @@ class PRoLoRA(Form):
 
     def _spread(self, chunk: Tensor, copies: int, width: int) -> Tensor:
         """Return the rotated copies of chunk [*, q, c] side by side, [*, q, width]."""
-        q, c = chunk.shape[-2:]
-        i = torch.arange(copies, device=chunk.device)
-        if self.rotate == "rank":
-            row = torch.arange(q, device=chunk.device)[:, None]
-            spread = chunk[..., (row + i * max(q // copies, 1)) % q, :]
-        else:
-            column = torch.arange(c, device=chunk.device)
-            spread = chunk[..., (column - i[:, None] * max(c // copies, 1)) % c]
-        return spread.flatten(-2)[..., :width]
+        axis, sign = (-2, -1) if self.rotate == "rank" else (-1, 1)
+        # Along the ranks, copy i is read from row i s_A on.
+        stride = sign * max(chunk.shape[axis] // copies, 1)
+        return torch.cat([chunk.roll(i * stride, axis) for i in range(copies)], -1)[..., :width]
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         A = self._spread(t["A0"], self.m, site.d_in)

@@ -6,8 +6,7 @@ of the layer's smaller side) are trained. Where the outputs are the smaller side
 :summary: A full-rank update from frozen random bases, of which only diagonals are trained
 :equation: dW = (alpha / r) sum_i B_i diag(l_i) A diag(g_i), i = 1..ceil(min(m, n) / r)
 :trap: The parameter count falls as r grows: n = min(m, n) / r bases of min(m, n) numbers.
-:trap: The diagonals act on the smaller side of the layer, so the roles turn when the outputs are
-    fewer than the inputs.
+:trap: The diagonals act on the layer's smaller side: the roles turn where outputs are the fewer.
 :trap: Alpha is 20 r by default, so learning rates are far below LoRA's.
 :title: RandLoRA: Full-rank parameter-efficient fine-tuning of large models
 :authors: Paul Albert, Frederic Z. Zhang, Hemanth Saratchandran, Cristian Rodriguez-Opazo, Anton van

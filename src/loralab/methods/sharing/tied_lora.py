@@ -1,22 +1,18 @@
 """Tied-LoRA: z = W x + (α / r) Λ_v B Λ_u A x, with A and B tied.
 
-One pair A, B serves all layers of a kind; the diagonals u [r] and v [out] are each layer's own. The
-paper's configurations train some of the four and freeze the others: TL6 all, TL5 A and B alone
-(train="AB").
+One pair A, B serves all layers of a kind; the diagonals u [r] and v [out] are each layer's own. Of
+the paper's configurations TL6 trains all four, TL5 A and B alone (train="AB").
 
 :summary: One trained pair for all layers of a kind, two trained diagonals per layer
 :equation: dW = (alpha / r) diag(v) B diag(u) A, A and B shared by the layers of a kind
-:trap: The paper adapts one fused attention projection, so that all tied layers have one shape; here
-    a kind's pair is made for its largest layer and cut.
-:trap: The gradients of all layers of a kind add up in A and B, which move faster than LoRA's at the
-    same learning rate.
+:trap: The paper ties one fused projection; here a kind's pair fits its largest layer and is cut.
+:trap: The gradients of all layers of a kind add up in A and B: they move faster than LoRA's.
 :trap: With train='uv' and a random frozen pair it is VeRA but for its scales.
 :title: Tied-LoRA: Enhancing parameter efficiency of LoRA with Weight Tying
 :authors: Adithya Renduchintala, Tugrul Konuk, Oleksii Kuchaiev
 :source: arXiv 2311.09578, 2023: eq. 2
-:verified: summaries, parameter counts of TL5 and TL6 (README of yuhua-zhou/BSLoRA, equal to ours;
-    Forence1999/PRoLoRA, calculate_params.py) and the survey arXiv 2601.22708; the paper's text was
-    not to be had, and the start of u and v is our reading
+:verified: summaries, survey arXiv 2601.22708, counts of TL5 and TL6 (README of yuhua-zhou/BSLoRA,
+    equal to ours; Forence1999/PRoLoRA, calculate_params.py); the paper's text was not to be had
 """
 
 from collections.abc import Mapping
@@ -62,9 +58,9 @@ class TiedLoRA(Form):
         return frozenset(PARTS) - set(self.train)
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [r, in], B [out, r], u [r] = 1 and v [out] = 1.
+        """Return A [r, in], B [out, r], u [r] = 1 and v [out] = 1 (our reading).
 
-        A trained B starts at 0. Beside a frozen random B it is v that starts at 0 (our reading).
+        A trained B starts at 0. Beside a frozen random B it is v that starts at 0.
         """
         r, m, n = site.rank, site.d_out, site.d_in
         zeros, ones = evidence.weight.new_zeros, evidence.weight.new_ones

@@ -24,13 +24,13 @@ from torch import Tensor
 from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal
-from loralab.methods.sharing._shared import random_bases
-from loralab.methods.sharing.lora_xs import SVDBases
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.sharing._bases import SVDBases, random_bases
+from loralab.methods.sharing._shared import NoAlpha
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class TinyLoRA(Form):
+class TinyLoRA(NoAlpha):
     """LoRA-XS whose core is a few numbers in a random subspace.
 
     Args:
@@ -49,10 +49,6 @@ class TinyLoRA(Form):
     def shared(self) -> Mapping[str, str]:  # type: ignore[override]
         """The vector v, if layers are tied."""
         return {} if self.tie == "none" else {"v": self.tie}
-
-    def scale(self, alpha: float, rank: int) -> float:
-        """Return 1: the paper has no alpha."""
-        return 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return random bases, P [u, r, r] and v [u] = 0.
