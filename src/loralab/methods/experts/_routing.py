@@ -1,4 +1,4 @@
-"""What mixtures of LoRA experts share: their tensors, their gates, their mixing, their balance.
+"""Gates of mixtures of LoRA experts, the mixing, and the balance of its load.
 
 The experts lie side by side: expert i has rows i r to (i + 1) r of A [N r, in] and these columns of
 B [out, N r]. So all experts of all tokens are two plain products, without a loop and a gather.
@@ -7,34 +7,12 @@ Gates are in fp32 (fp64 for an fp64 base) until `weighted`, so that a model in h
 chooses the experts that it would choose in fp32.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from loralab.bounds import Count, NonNegative
 from loralab.core.again import RunAgain
 from loralab.core.layers import wide
-from loralab.errors import UserError
-from loralab.methods.expansion.lora import uniform
-from loralab.recipe import LAYERS, Evidence, Form, Site, Tensors
-
-# Not on an Embedding, whose inputs are one-hot: a router would be a second table of its size.
-ROUTED_LAYERS = LAYERS - {"Embedding"}
-
-
-def expert_tensors(site: Site, evidence: Evidence, n_experts: int) -> Tensors:
-    """Return N experts' A ~ U(±1/√n) [N r, in] and B = 0 [out, N r], and the router W_g [N, in].
-
-    The router starts as a linear layer does, from U(±1/√n).
-    """
-    n, width = site.d_in, n_experts * site.rank
-    return {
-        "A": uniform(evidence, "A", width, n, bound=n**-0.5),
-        "B": evidence.weight.new_zeros(site.d_out, width),
-        "W_g": uniform(evidence, "W_g", n_experts, n, bound=n**-0.5),
-    }
+from loralab.recipe import Tensors
 
 
 def logits(W_g: Tensor, x: Tensor) -> Tensor:
@@ -79,6 +57,12 @@ def weighted(omega: Tensor, h: Tensor) -> Tensor:
     return (parts * omega.to(h.dtype).unsqueeze(-1)).flatten(-2)
 
 
+def real(values: Tensor, t: Tensors) -> Tensor:
+    """Return values [*, n, N] with 0 in the place of padding."""
+    valid = t.get("valid")
+    return values if valid is None else values * valid.to(values.dtype).unsqueeze(-1)
+
+
 def token_mean(values: Tensor, t: Tensors) -> Tensor:
     """Return the mean of values [*, n, N] over the real tokens, [*, N]."""
     valid = t.get("valid")
@@ -95,47 +79,3 @@ def balance(p: Tensor, selected: Tensor, t: Tensors) -> Tensor:
     """
     f, P = token_mean(selected, t), token_mean(p, t)
     return p.shape[-1] * (f * P).sum(-1)
-
-
-def check_experts(method: str, n_experts: int, k: int) -> None:
-    """Raise UserError if more experts shall be chosen than there are."""
-    if k > n_experts:
-        raise UserError(f"top_k of {method} is from 1 to its {n_experts} experts, not {k}")
-
-
-class Routed(Form):
-    """Base of Forms whose experts A, B lie side by side under a router W_g."""
-
-    owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "W_g"})
-    reads: ClassVar[frozenset[str]] = frozenset({"valid"})
-    layers: ClassVar[frozenset[str]] = ROUTED_LAYERS
-
-
-@dataclass(frozen=True)
-class TopK(Routed):
-    """y = Σ ω_i(x) B_i A_i x, ω the top k of softmax(W_g x) divided by their sum.
-
-    Args:
-        n_experts: N.
-        top_k: k, the experts of a token.
-        balance: weight of the balance loss N Σ f_i P_i.
-    """
-
-    n_experts: Count = 8
-    top_k: Count = 2
-    balance: NonNegative = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_experts(type(self).__name__, self.n_experts, self.top_k)
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in]."""
-        return expert_tensors(site, evidence, self.n_experts)
-
-    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        return mix(top_k(router(t, x), self.top_k), x, t["A"], t["B"])
-
-    def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        p = router(t, x)
-        return self.balance * balance(p, chosen(p, self.top_k), t)

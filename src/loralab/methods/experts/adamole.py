@@ -22,7 +22,8 @@ from torch import Tensor
 from loralab.bounds import Count, NonNegative, SomeShare
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.methods.experts._routing import Routed, balance, expert_tensors, logits, mix, router
+from loralab.methods.experts._experts import Routed, expert_tensors
+from loralab.methods.experts._routing import balance, logits, mix, router
 from loralab.recipe import Evidence, Site, Tensors
 
 

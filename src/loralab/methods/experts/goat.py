@@ -1,23 +1,18 @@
-"""GOAT, arXiv 2502.16894, section 3: y = W_res x + s Σ_{i ∈ top-k} ω_i(x) B_i A_i x, where expert i
-starts from slice i of W = U Σ Vᵀ: B_i = √(1/(sρ)) U_i Σ_i^½, A_i = √(1/(sρ)) Σ_i^½ V_iᵀ.
+"""GOAT: y = W_res x + s Σ_{i ∈ top-k} ω_i(x) B_i A_i x, expert i from slice i of W = U S Vᵀ.
 
-Slice i begins at singular value i min(m, n) / E and has d = r / E of them. The scale is derived:
-s = √(3 η n / d) with n inputs. W_res = W0 - (s / E) Σ_i B_i A_i makes step 0 the base on average
-over a uniform router only; here the experts' own output under the first router is taken off, which
-is exact, and the paper's residual is an option.
+Slice i begins at singular value i min(m, n) / E. The paper's W_res = W0 - (s / E) Σ B_i A_i makes
+step 0 the base for a uniform router only; here the first router's mixture is taken off, exactly.
 
 :summary: LoRA experts that start from disjoint slices of the weight's singular values
 :equation: B_i = U_i sqrt(S_i / (s rho)), A_i = sqrt(S_i / (s rho)) V_i^T, s = sqrt(3 eta n / d)
-:trap: The rank is that of all experts together, as in the paper; with fewer ranks than experts each
-    has one.
+:trap: The rank is that of all experts together, as in the paper.
 :trap: alpha / r multiplies the derived scale; the default alpha = r leaves it alone.
 :trap: LoRAFactory's default is not the derived scale: there s is ceil(alpha / d) / d.
 :title: Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
     Optimization Alignment
 :authors: Chenghao Fan, Zhenyi Lu, Sichen Liu, Chengfeng Gu, Xiaoye Qu, Wei Wei, Yu Cheng
 :source: arXiv 2502.16894, 2025: section 3, SVD-structured experts and the scaling factor
-:verified: authors' code (Facico/GOAT-PEFT, goat/peta/src/goat/layer.py) and the survey arXiv
-    2601.22708
+:verified: authors' code (Facico/GOAT-PEFT, goat/peta/src/goat/layer.py); survey arXiv 2601.22708
 """
 
 import math
@@ -30,7 +25,7 @@ from torch import Tensor
 from loralab.bounds import NonNegative, Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.methods.experts._routing import TopK, mix, router, top_k
+from loralab.methods.experts._experts import TopK
 from loralab.methods.initialization._svd import split_triplets
 from loralab.recipe import Evidence, Site, Tensors
 
@@ -40,8 +35,7 @@ class GOAT(TopK):
     """Experts from disjoint slices of the singular value decomposition.
 
     Args:
-        n_experts: E; the rank asked for is all experts' together, r / E for each, at least 1.
-        top_k, balance: k, and the weight of the balance loss E Σ f_i P_i.
+        n_experts: E; each has rank d = r / E, or 1 where r is less than E.
         eta: η, the learning rate of full fine-tuning over that of LoRA.
         rho: ρ, by which the slices start smaller than they are in W.
         residual: "exact" or the paper's "mean", with which step 0 is not quite the base.
@@ -59,7 +53,7 @@ class GOAT(TopK):
         return max(1, site.rank // self.n_experts)
 
     def derived(self, site: Site) -> float:
-        """Return √(3 η n / d); alpha / r, which is 1 by default, comes on top."""
+        """Return √(3 η n / d) for n inputs."""
         return math.sqrt(3 * self.eta * site.d_in / self.width(site))
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
@@ -77,8 +71,7 @@ class GOAT(TopK):
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         now = super().branch(t, x, site)
         if self.residual == "exact":
-            omega = top_k(router({"W_g": t["W_g0"]}, x), self.top_k)
-            first = mix(omega, x, t["A0"], t["B0"])
+            first = super().branch({name: t[f"{name}0"] for name in ("A", "B", "W_g")}, x, site)
         else:
             first = (x @ t["A0"].mT) @ t["B0"].mT / self.n_experts
         return self.derived(site) * (now - first)

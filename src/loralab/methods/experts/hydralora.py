@@ -21,7 +21,8 @@ from torch import Tensor
 from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.methods.experts._routing import ROUTED_LAYERS, router
+from loralab.methods.experts._experts import ROUTED_LAYERS
+from loralab.methods.experts._routing import router
 from loralab.recipe import Evidence, Form, Site, Tensors
 
 

@@ -1,7 +1,7 @@
-"""LoRAMoE, arXiv 2312.09979, section 3: y = W0 x + s Σ_i ω_i(x) B_i A_i x, ω = softmax(W_g x).
+"""LoRAMoE: LoRA experts under a dense router, groups of them for types of data by a constraint.
 
-Localized balancing constraint: β σ²(Z) / μ(Z), Z = I ∘ Q, with Q_nm = Σ_j ω_n(x_j) over the tokens
-of sample m, and I_nm = 1 + δ if expert n and sample m are of one type and 1 - δ if not.
+It is β σ²(Z) / μ(Z), Z = I ∘ Q, with Q_nm = Σ_j ω_n(x_j) over the tokens of sample m, and
+I_nm = 1 + δ if expert n and sample m are of one type and 1 - δ if not.
 
 :summary: LoRA experts under a dense router, some kept for world knowledge by a loss
 :equation: y = W x + s sum_i softmax(W_g x)_i B_i A_i x; loss + beta var(Z) / mean(Z)
@@ -14,13 +14,11 @@ of sample m, and I_nm = 1 + δ if expert n and sample m are of one type and 1 - 
 :authors: Shihan Dou, Enyu Zhou, Yan Liu, Songyang Gao, Jun Zhao, Wei Shen, Yuhao Zhou, Zhiheng Xi,
     Xiao Wang, Xiaoran Fan, Shiliang Pu, Jiang Zhu, Rui Zheng, Tao Gui, Qi Zhang, Xuanjing Huang
 :source: arXiv 2312.09979, 2023: section 3, localized balancing constraint
-:verified: authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py and run_loramoe.sh); the survey
-    arXiv 2601.22708 and CITI, which restates it, for the constraint; six experts as in MoE-PEFT's
-    template; the paper's own text was not to be had, so the loss's weights are unconfirmed
+:verified: authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py); the survey arXiv 2601.22708 and
+    CITI for the constraint; the paper's text was not to be had: the loss's weights are unconfirmed
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,26 +27,21 @@ from loralab.bounds import Count, NonNegative, Share
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.experts import _routing as routing
-from loralab.recipe import Evidence, Site, Tensors
+from loralab.methods.experts._experts import ByDomain, check_experts
+from loralab.recipe import Site, Tensors
 
 
 @dataclass(frozen=True)
-class LoRAMoE(routing.Routed):
+class LoRAMoE(ByDomain):
     """Experts under a dense softmax router, in groups for types of data.
 
     Args:
-        n_experts: N; the paper has three for tasks and three for world knowledge.
+        n_experts: N; the paper has three for tasks and three for world knowledge, MoE-PEFT six.
         n_types: groups of experts; expert n is of type n n_types // N.
-        top_k: keep this many experts of a token (LoRAFactory's generic router); None keeps all, as
-            in the paper.
-        balance: β; 0 leaves the constraint out.
-        imbalance: δ, how unequal the groups shall be.
-        squared_mean: divide σ² by μ² as the authors' code does, not by μ as the paper does; the
-            code's σ² has n - 1 below, ours n.
+        top_k: keep this many experts of a token, as LoRAFactory does; None keeps all.
+        balance, imbalance: β and δ.
+        squared_mean: divide σ² by μ² as the authors' code does, whose σ² has n - 1 below, ours n.
     """
-
-    reads: ClassVar[frozenset[str]] = frozenset({"domain", "valid"})
-    by_sequence: ClassVar[bool] = True
 
     n_experts: Count = 6
     n_types: Count = 2
@@ -59,13 +52,9 @@ class LoRAMoE(routing.Routed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        routing.check_experts("LoRAMoE", self.n_experts, self.top_k or 1)
+        check_experts("LoRAMoE", self.n_experts, self.top_k or 1)
         if self.n_types > self.n_experts:
             raise UserError(f"n_types of LoRAMoE is from 1 to n_experts, not {self.n_types}")
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in]."""
-        return routing.expert_tensors(site, evidence, self.n_experts)
 
     def weights(self, t: Tensors, x: Tensor) -> Tensor:
         """Return ω [*, rows, tokens, N]."""
@@ -76,10 +65,7 @@ class LoRAMoE(routing.Routed):
         return routing.mix_rows(self.weights(t, x), x, t["A"], t["B"])
 
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        omega = self.weights(t, x)
-        if "valid" in t:
-            omega = omega * t["valid"].to(omega.dtype).unsqueeze(-1)
-        Z = omega.sum(-2)  # Q, [*, rows, N]
+        Z = routing.real(self.weights(t, x), t).sum(-2)  # Q, [*, rows, N]
         if "domain" in t:  # without labels every expert is of every sample's type
             kinds = torch.arange(self.n_experts, device=Z.device) * self.n_types // self.n_experts
             domain = t["domain"].unsqueeze(-1)

@@ -1,23 +1,22 @@
 """MixLoRA: experts that are whole feed-forward blocks, chosen per token; plain LoRA in attention.
 
-An expert is the frozen block with LoRA pairs of its own on every layer, E_i(x); one router reads
-the block's input. In models whose feed-forward layers are no module of their own (BERT, OPT) each
-of them is a block by itself. The authors' code averages F and P over tokens and blocks together
-before it multiplies them; here the blocks' losses are averaged.
+An expert E_i is the frozen block with LoRA pairs of its own on every layer. Feed-forward layers
+that share no module (BERT, OPT) are a block each. The authors' code averages F and P over tokens
+and blocks together before it multiplies them; here the blocks' losses are averaged.
 
 :summary: Top-k experts that are whole feed-forward blocks, and plain LoRA in attention
 :equation: y = sum_(i in top k) w_i E_i(x), w the top k of softmax(W_g x) over their sum; loss +
     a N sum_i F_i P_i
 :trap: Mixing after each layer is another function: the activation stands between the layers.
-:trap: Every token passes the block k times, in the frozen layers too.
+:trap: Every token passes the block k times, the frozen layers too.
 :trap: A layer is taken for attention if its name has 'attn' or 'attention' in it.
 :trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
 :title: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts
 :authors: Dengchun Li, Yingzi Ma, Naizheng Wang, Zhengmao Ye, Zhiyuan Cheng, Yinghao Tang, Yan
     Zhang, Lei Duan, Jie Zuo, Cal Yang, Mingjie Tang
 :source: arXiv 2404.15159, 2024: section 3, top-k router and balance loss
-:verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; TUDB-Labs/MoE-PEFT,
-    adapters/mixlora); a is the README's 0.01, the code's class has 0.001
+:verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; MoE-PEFT, adapters/mixlora); a is the
+    README's 0.01, the code's class has 0.001
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from torch.nn.functional import one_hot
 from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal, plain_pair
-from loralab.methods.experts._routing import TopK, expert_tensors, mix, router, top_k
+from loralab.methods.experts._experts import TopK
+from loralab.methods.experts._routing import mix, router, top_k
 from loralab.recipe import Evidence, Site, Tensors
 
 
@@ -38,7 +38,6 @@ class MixLoRA(TopK):
     """N pairs and a router per feed-forward block; one pair in attention.
 
     Args:
-        n_experts, top_k, balance: N, the experts of a token, and a.
         router_std: the router starts from N(0, router_std²).
     """
 
@@ -56,11 +55,9 @@ class MixLoRA(TopK):
         """Return A [N r, in], B [out, N r] = 0, and W_g [N, in] where a block is led; or a pair."""
         if not self.routes(site):
             return plain_pair(site, evidence)
-        t = expert_tensors(site, evidence, self.n_experts)
-        shape = t.pop("W_g").shape
-        if not site.leads:
-            return t
-        return t | {"W_g": normal(evidence, "W_g", *shape, std=self.router_std)}
+        t = super().init(site, evidence)
+        t["W_g"] = normal(evidence, "W_g", self.n_experts, site.d_in, std=self.router_std)
+        return t if site.leads else {"A": t["A"], "B": t["B"]}
 
     def route(self, t: Tensors, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         w = top_k(router(t, x), self.top_k)

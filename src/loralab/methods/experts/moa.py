@@ -1,9 +1,8 @@
-"""MoA (Mixture-of-LoRAs), arXiv 2403.03432: one LoRA expert per domain, y = W0 x + s B_d A_d x, and
-a router that learns the domain d of a sequence: loss + η CE(W_r x̄, d), x̄ the sequence's mean input.
+"""MoA (Mixture-of-LoRAs): one LoRA expert per domain d, and a router W_r that learns to tell d.
 
-The paper first trains every expert on its own domain and then all with the router. Given domains
-d, an expert sees just its own rows here too. Without, the router's softmax mixes the experts.
-x̄ and η are our reading.
+The paper first trains every expert on its own domain and then all with the router. Given domains,
+an expert sees just its own rows here too. Without, the router's softmax mixes the experts. That the
+router reads a sequence's mean input, and η, are our reading.
 
 :summary: One LoRA expert per domain and a router that learns to tell the domains apart
 :equation: y = W x + s B_d A_d x; loss + eta CE(W_r mean(x), d)
@@ -20,38 +19,30 @@ x̄ and η are our reading.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from loralab.bounds import Count, NonNegative
+from loralab.bounds import NonNegative
 from loralab.methods import register
 from loralab.methods.experts import _routing as routing
-from loralab.recipe import Evidence, Site, Tensors
+from loralab.methods.experts._experts import ByDomain
+from loralab.recipe import Site, Tensors
 
 
 @dataclass(frozen=True)
-class MoA(routing.Routed):
+class MoA(ByDomain):
     """One expert per domain and a router over sequences.
 
     Args:
-        n_experts: how many domains there are.
+        n_experts: how many domains there are; W_g is W_r.
         hard: without a given domain take the router's first choice alone, as the paper does in
             use; the router then learns from given domains only.
         router_weight: η.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"domain", "valid"})
-    by_sequence: ClassVar[bool] = True
-
-    n_experts: Count = 8
     hard: bool = False
     router_weight: NonNegative = 0.1
-
-    def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0 and W_g [N, in], which is W_r."""
-        return routing.expert_tensors(site, evidence, self.n_experts)
 
     def logits(self, t: Tensors, x: Tensor) -> Tensor:
         """Return W_r x̄ for every row, [*, rows, N]."""

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from loralab.bounds import NonNegative, Positive
 from loralab.methods import register
-from loralab.methods.experts._routing import TopK, balance, chosen, router
+from loralab.methods.experts._experts import TopK
+from loralab.methods.experts._routing import balance, chosen, router
 from loralab.recipe import Site, Tensors
 
 

@@ -1,9 +1,8 @@
-"""MoLA, arXiv 2402.08562, eqs. 3 and 4: a mixture of N_l LoRA experts where N_l differs by layer.
+"""MoLA: a mixture of N_l LoRA experts where N_l differs by layer l.
 
-In layer l: y = W0 x + s Σ_i ω_i(x) B_i A_i x, ω the top K of softmax(W_g x), divided by their sum.
-Most experts in higher layers, MoLA-▽ (2468), is best for LLaMA-2 and Gemma in the published text,
-and in the middle and higher ones, 2882, for Mistral. The balance loss is per adapted matrix; the
-authors' code takes one per layer over all its matrices, and only if it is asked for.
+The weights w are the top K of softmax(W_g x), divided by their sum. Most experts in higher layers,
+MoLA-▽ (2468), is best for LLaMA-2 and Gemma in the published text, and 2882 for Mistral. The
+balance loss is per adapted matrix; the authors' code, if asked for it, has one per layer.
 
 :summary: Mixtures of LoRA experts with more experts in higher layers
 :equation: y = W x + s sum_(i in top K) w_i B_i A_i x, with N_l experts in layer l
@@ -16,8 +15,7 @@ authors' code takes one per layer over all its matrices, and only if it is asked
     Xiaoyuan Guo, Jie Yang, VS Subrahmanian
 :source: arXiv 2402.08562, 2024: eqs. 3 and 4, MoLA-▽ (2468)
 :verified: the published text (MoLA: MoE LoRA with Layer-wise Expert Allocation, Findings of NAACL
-    2025, section 4, eqs. 3 and 4, and 5.4) and the authors' code (GCYZSL/MoLA, src/), except that
-    the balance loss is per matrix and not per layer
+    2025, section 4, eqs. 3 and 4, and 5.4) and the authors' code (GCYZSL/MoLA, src/)
 """
 
 from dataclasses import dataclass
@@ -28,19 +26,19 @@ from loralab.bounds import Count, NonNegative
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.experts import _routing as routing
+from loralab.methods.experts._experts import Routed, check_experts, expert_tensors
 from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class MoLA(routing.Routed):
+class MoLA(Routed):
     """Experts whose number depends on depth.
 
     Args:
         experts: how many, from the lowest layers to the highest, for as many equal stretches of
             the layers; the paper's other shapes are "8,6,4,2", "8,2,2,8", "2,8,8,2" and "5,5,5,5".
         top_k: K, at most the experts that the layer has.
-        balance: weight of the balance loss N Σ f_i P_i with f_i the share of all picks; the text
-            names none, this is the authors' code's.
+        balance: weight of N Σ f_i P_i, f_i the share of all picks; the authors' code's.
     """
 
     experts: str = "2,4,6,8"
@@ -51,11 +49,9 @@ class MoLA(routing.Routed):
         super().__post_init__()
         words = self.experts.split(",")
         if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
-            raise UserError(
-                "experts of MoLA are numbers from 1 on with commas between, such as '2,4,6,8', not "
-                f"{self.experts!r}"
-            )
-        routing.check_experts("MoLA", max(self.numbers), self.top_k)
+            form = "numbers from 1 on with commas between, such as '2,4,6,8'"
+            raise UserError(f"experts of MoLA are {form}, not {self.experts!r}")
+        check_experts("MoLA", max(self.numbers), self.top_k)
 
     @property
     def numbers(self) -> list[int]:
@@ -69,7 +65,7 @@ class MoLA(routing.Routed):
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [N_l r, in], B [out, N_l r] = 0 and W_g [N_l, in]."""
-        return routing.expert_tensors(site, evidence, self.n_experts(site))
+        return expert_tensors(site, evidence, self.n_experts(site))
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         omega = routing.top_k(routing.router(t, x), self.top_k)

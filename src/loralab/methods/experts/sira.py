@@ -25,7 +25,8 @@ from torch import Generator, Tensor
 
 from loralab.bounds import Count, Decay, Positive
 from loralab.methods import register
-from loralab.methods.experts._routing import TopK, chosen, mix, router, token_mean
+from loralab.methods.experts._experts import TopK
+from loralab.methods.experts._routing import chosen, mix, router, token_mean
 from loralab.recipe import Site, Tensors
 
 

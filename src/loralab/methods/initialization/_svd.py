@@ -1,4 +1,4 @@
-"""What starts from singular vectors share: a matrix's leading triplets, and their two halves."""
+"""What starts from singular vectors share: a matrix's triplets, chosen and halved."""
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ def leading_triplets(M: Tensor, rank: int) -> Triplets:
     """Return the leading triplets U [m, r], S [r], Vᵀ [r, n]."""
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def most_changed(W: Tensor, t: Tensors, k: int) -> tuple[Tensor, Tensor]:
+    """Return the vectors U [K, m, k], Vᵀ [K, k, n] of W with the largest |u_iᵀ B A v_i| / σ_i."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    change = ((U.mT @ t["B"]).mT * (t["A"] @ Vh.mT)).sum(-2)
+    rate = change.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)
+    top = rate.topk(k).indices
+    return U.mT[top].mT, Vh[top]
 
 
 def fast_svd(

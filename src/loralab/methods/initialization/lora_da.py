@@ -1,10 +1,9 @@
-"""LoRA-DA, arXiv 2510.24561: A0 spans the r lowest eigenvectors of the guidance matrix
-Ω = Σ_i [β (J⁻¹)_i / N - D_i D_iᵀ], D ≈ -J⁻¹ G, and B0 = A0ᵀ D (W is [in, out] here).
+"""LoRA-DA: A0 spans the r lowest eigenvectors of the guidance matrix Ω (W is [in, out] here).
 
-D estimates how far the target is from W, the first term the variance of learning it from N
-samples. J is the Fisher matrix in K-FAC's form: (J⁻¹)_i = (Y⁻¹)_ii Z⁻¹, with Z and Y the second
-moments of the layer's inputs and of its outputs' gradients. D is divided by its largest singular
-value and both factors by √γ, as in the authors' code.
+D estimates how far the target is from W, the other term the variance of learning it from N samples.
+J is the Fisher matrix in K-FAC's form: (J⁻¹)_i = (Y⁻¹)_ii Z⁻¹, with Z and Y the second moments of
+the layer's inputs and of its outputs' gradients. D is divided by its largest singular value and
+both factors by √γ, as in the authors' code.
 
 :summary: Starts along the natural gradient, where it stands out from sampling noise
 :equation: A0 = lowest eigenvectors of Omega = beta tr(Y^-1) Z^-1 / N - D D^T, B0 = A0^T D, D =

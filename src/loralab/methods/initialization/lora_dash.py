@@ -1,14 +1,10 @@
-"""LoRA-Dash, arXiv 2409.01035: LoRA for t steps ("pre-launch"), then LoRA and Σ_i Δσ_i u_i v_iᵀ.
-
-Task-specific directions (u_i, v_i) of W = U Σ Vᵀ are those of the k largest
-δ_i = |u_iᵀ ΔW v_i| / σ_i with ΔW = s B A after t steps; then ("dash") the Δσ_i are trained beside A
-and B from 0, the directions frozen.
+"""LoRA-Dash: LoRA for t steps ("pre-launch"), then LoRA and Σ_i Δσ_i u_i v_iᵀ ("dash"), Δσ_i = 0 at
+first and (u_i, v_i) singular vectors of W = U Σ Vᵀ, chosen once and frozen.
 
 :summary: LoRA, later joined by trained changes along the directions of W it changed most
-:equation: dW = s B A + sum_i d_i u_i v_i^T, (u, v) the k largest |u^T s B A v| / sigma
+:equation: dW = s B A + sum_i d_i u_i v_i^T, (u, v) those of the k largest |u^T s B A v| / sigma
 :trap: LoRA's own pair goes on: LoRAFactory's code drops it at the launch.
 :trap: Directions are chosen by relative change, which favours small singular values.
-:trap: The d_i are not scaled by alpha / r.
 :title: Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning
 :authors: Chongjie Si, Zhiyi Shi, Shifan Zhang, Xiaokang Yang, Hanspeter Pfister, Wei Shen
 :source: arXiv 2409.01035, 2024: LoRA-Dash
@@ -26,7 +22,7 @@ from torch import Tensor
 from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import plain_pair
-from loralab.methods.initialization._svd import leading_triplets
+from loralab.methods.initialization._svd import leading_triplets, most_changed
 from loralab.recipe import Evidence, Form, Schedule, Site, SiteState, Tensors
 
 
@@ -46,12 +42,11 @@ class Dash(Form):
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [r, in], B [out, r] = 0, sigma [k] = 0, and W's first vectors for now."""
         U, S, Vh = leading_triplets(evidence.weight, self.n_directions)
-        scale = S.new_full((1,), evidence.scale)  # Δσ is not scaled by s
-        directions = {"U": U.contiguous(), "Vh": Vh.contiguous(), "sigma": torch.zeros_like(S)}
-        return plain_pair(site, evidence) | directions | {"s": scale}
+        t = plain_pair(site, evidence) | {"U": U.contiguous(), "Vh": Vh.contiguous()}
+        return t | {"sigma": torch.zeros_like(S), "s": S.new_full((1,), evidence.scale)}
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        U = t["U"] * (t["sigma"] / t["s"]).unsqueeze(-2)
+        U = t["U"] * (t["sigma"] / t["s"]).unsqueeze(-2)  # the core multiplies by s: not Δσ
         return torch.cat([t["B"], U], -1), torch.cat([t["A"], t["Vh"]], -2)
 
 
@@ -75,15 +70,11 @@ class Launch(Schedule):
                 site.g["sigma"].zero_()
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        if step + 1 != min(self.warmup, n_steps // 2):
-            return
-        for site in sites:
-            U, S, Vh = torch.linalg.svd(site.weight, full_matrices=False)
-            change = ((U.mT @ site.t["B"]).mT * (site.t["A"] @ Vh.mT)).sum(-2)  # u_iᵀ B A v_i
-            rate = change.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)  # s is the same for all i
-            top = rate.topk(site.t["sigma"].shape[-1]).indices
-            site.fixed["U"].copy_(U.mT[top].mT)
-            site.fixed["Vh"].copy_(Vh[top])
+        if step + 1 == min(self.warmup, n_steps // 2):
+            for site in sites:
+                U, Vh = most_changed(site.weight, site.t, site.t["sigma"].shape[-1])
+                site.fixed["U"].copy_(U)
+                site.fixed["Vh"].copy_(Vh)
 
 
 register("lora_dash", "initialization", __doc__, Dash(), schedule=Launch())

@@ -1,4 +1,4 @@
-"""RidgeLoRA (NeurIPS 2025), eqs. 1, 4 and 5: x_out = x (λ Σ + (α/r) A B) W, Σ diagonal, in series.
+"""RidgeLoRA: a trained diagonal and a pair before W [in, out], x_out = x (λ Σ + (α/r) A B) W.
 
 Algorithm 1: λ = 1, Σ = diag(N, 1, ..., 1) with N = σ(N(μ, σ²)) [r], A ~ N(0, 1/r) [in, r] and
 B = (r/α) A⁺ (I - λ Σ), which is to make λ Σ + (α/r) A B = I. But A A⁺ is a projection, so with a
@@ -7,8 +7,6 @@ random A it does not: we measure the update from the start. The paper's A is our
 :summary: A trained diagonal plus a low-rank pair in series before the frozen weight
 :equation: W' = W (I + (l S - S0) + s (B A - B0 A0)), S diagonal, in front of W
 :trap: It is in series: the pair is [in, in], and W' = W M can have full rank beside W.
-:trap: Algorithm 1's start is not the identity for a random A; without the anchor the model starts
-    off its base.
 :trap: LoRAFactory draws A from N(0, 1), the paper from N(0, 1/r).
 :title: RidgeLoRA: Matrix Ridge Enhanced Low-Rank Adaptation of Large Language Models
 :authors: Junda Zhu, Jun Ai, Yujun Li, Yichun Yin, Yasheng Wang, Lifeng Shang, Qun Liu

@@ -1,26 +1,22 @@
-"""SORSA, arXiv 2409.00055: W = W_r + U_p diag(S_p) V_pᵀ, the leading triplets of W trained.
+"""SORSA: W = W_r + U_p diag(S_p) V_pᵀ, the leading triplets trained and kept near orthonormal.
 
-They are kept near orthonormal by L_reg = ‖U_pᵀU_p - I‖_F + ‖V_pᵀV_p - I‖_F.
-
-The rest W_r is not stored: the start is anchored, as PiSSA's is. The paper steps by γ ∇L_reg beside
-η ∇L, which is the weight γ / η = 4e-4 / 3e-5 in the loss. The authors' code takes the mean of the
-norms over all trained matrices, 448 in its run (Llama-2-7B, seven targets); here every site has its
-own norms, so the weight of each is γ / η / 448.
+L_reg = ‖U_pᵀU_p - I‖_F + ‖V_pᵀV_p - I‖_F. The rest W_r is not stored: the start is anchored, as
+PiSSA's is. The paper steps by γ ∇L_reg beside η ∇L, which is the weight γ / η = 4e-4 / 3e-5 in the
+loss. The authors' code takes the mean of the norms over all trained matrices, 448 in its run
+(Llama-2-7B, seven targets); here every site has its own, so the weight of each is γ / η / 448.
 
 :summary: Trains W's leading singular triplets, the vectors kept near orthonormal
 :equation: dW = s (U diag(S) V^T - U0 diag(S0) V0^T) + g (|U^T U - I|^2 + |V^T V - I|^2)
 :trap: The regulariser belongs to training only, never to the reported loss.
-:trap: The weight is that of the authors' run, per matrix: it does not follow the learning rate or
-    the number of layers.
+:trap: The weight does not follow the learning rate or the number of layers.
 :trap: The authors' code adds the regulariser's gradient after clipping; here it is clipped with the
     loss's.
 :title: SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large
     Language Models
 :authors: Yang Cao, Zhao Song
 :source: arXiv 2409.00055, 2024: section on the orthonormal regularizer
-:verified: authors' code (Gunale0926/SORSA, layer.py, trainer.py and scripts/train_sorsa.sh) and the
-    first author's explanation; the survey arXiv 2601.22708 for the squares, our default, which the
-    code has not; the paper's text was not to be had
+:verified: authors' code (Gunale0926/SORSA, layer.py, trainer.py, scripts/train_sorsa.sh), the first
+    author's words, the survey arXiv 2601.22708 for the squares; the paper's text was not to be had
 """
 
 from dataclasses import dataclass

@@ -35,19 +35,47 @@ class PairRule(AdamW):
             self.step_pair(site, hyper)
 
     def memory(self, site: SiteState) -> Tensors:
-        """Return what the site's state holds before the first step: momenta, and factors."""
-        momenta = {"m." + name: torch.zeros_like(site.t[name]) for name in OTHER}
-        return momenta | {"old." + name: site.t[name].clone() for name in OTHER}
+        """Return what the site's state holds before the first step."""
+        return {}
 
     def step_pair(self, site: SiteState, hyper: Hyper) -> None:
         """Move the site's A and B; `turns` in its state counts from 1."""
+        moved = {name: self.half(site, name, hyper) for name in OTHER}
+        for name, U in moved.items():
+            turned(name, site.t[name]).copy_(U)
+
+    def half(self, site: SiteState, name: str, hyper: Hyper) -> Tensor:
+        """Return U, the factor called `name`, moved; both halves see the factors as they were."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TurnRule(PairRule):
+    """Steps of one factor at a time, with a momentum that is carried along when the other moves."""
+
+    first: ClassVar[str]  # which one moves in the first step
+
+    def memory(self, site: SiteState) -> Tensors:
+        """Return momenta, and the factors that they were seen through."""
+        momenta = {"m." + name: torch.zeros_like(site.t[name]) for name in OTHER}
+        return momenta | {"old." + name: site.t[name].clone() for name in OTHER}
+
+    def is_turn(self, site: SiteState, name: str) -> Tensor:
+        """Return the slots [K] in which the factor called `name` moves."""
+        odd = site.state["turns"] % 2 == 1
+        return odd if name == self.first else ~odd
 
 
 def halves(site: SiteState, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, the factor called `name`, its gradient and V."""
     U, g, V = site.t[name], site.g[name], site.t[OTHER[name]]
     return turned(name, U), turned(name, g), turned(OTHER[name], V)
+
+
+def remembered(site: SiteState, name: str) -> tuple[Tensor, Tensor]:
+    """Return the momentum of U, the factor called `name`, and V₋, the V it was seen through."""
+    old = site.state["old." + OTHER[name]]
+    return turned(name, site.state["m." + name]), turned(OTHER[name], old)
 
 
 def seen_through(V: Tensor, V_old: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -59,6 +87,12 @@ def seen_through(V: Tensor, V_old: Tensor, damping: float) -> tuple[Tensor, Tens
 def move(tensor: Tensor, to: Tensor, where: Tensor) -> None:
     """Set the slots `where` [K] of a tensor; the others keep what they have to the bit."""
     tensor.copy_(torch.where(per_slot(where, tensor), to, tensor))
+
+
+def descended(U: Tensor, update: Tensor, hyper: Hyper) -> Tensor:
+    """Return U - lr (update + decay U), or U itself in slots without a rate."""
+    moved = U - per_slot(hyper.lr, U) * (update + per_slot(hyper.weight_decay, U) * U)
+    return torch.where(per_slot(hyper.lr > 0, U), moved, U)
 
 
 def polar(V: Tensor, eps: float) -> tuple[Tensor, Tensor]:

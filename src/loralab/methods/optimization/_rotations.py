@@ -1,7 +1,62 @@
-"""Block-diagonal rotations of a layer's input, which OFT and BOFT are made of."""
+"""Block-diagonal rotations of a layer's input, which OFT and BOFT are made of, and COFT's ball."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from loralab.bounds import Positive
+from loralab.methods.optimization._unscaled import Unscaled
+from loralab.recipe import Evidence, Hyper, Site, SiteState, Tensors
+from loralab.training.adamw import AdamW
+
+
+@dataclass(frozen=True)
+class Rotation(Unscaled):
+    """Base of rotations by b x b blocks; b is the rank, or the next smaller one that fits.
+
+    Args:
+        rescale: also train a factor s per output, which comes after the rotation.
+    """
+
+    any_rank: ClassVar[bool] = True
+
+    rescale: bool = False
+
+    def at_rest(self, evidence: Evidence, b: int, *shape: int) -> Tensors:
+        """Return theta [*shape, b (b - 1) / 2] = 0, and s [out] = 1 if asked for."""
+        W = evidence.weight
+        t = {"theta": W.new_zeros(*shape, b * (b - 1) // 2)}
+        return t | ({"s": W.new_ones(len(W))} if self.rescale else {})
+
+    def outer(self, t: Tensors, y: Tensor, site: Site) -> Tensor:
+        return (y * t["s"].unsqueeze(-2)).to(y.dtype) if self.rescale else y
+
+
+@dataclass(frozen=True)
+class BallAdamW(AdamW):
+    """AdamW, then the projection of every Q_i on ‖Q_i‖_F ≤ ε b² / √(number of blocks).
+
+    The ball is that of arXiv 2306.07280, section 3.4, its radius the authors' code's.
+
+    Args:
+        coft: ε; the authors' DreamBooth script has 6e-5. None leaves Q free, which is OFT.
+    """
+
+    singles_out: ClassVar[frozenset[str]] = frozenset({"theta"})
+
+    coft: Positive | None = None
+
+    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
+        super().step(sites, hyper)
+        if self.coft is None:
+            return
+        for theta in (site.t["theta"] for site in sites):
+            radius = self.coft * block(theta) ** 2 / theta.shape[-2] ** 0.5
+            norm = 2**0.5 * theta.norm(dim=-1, keepdim=True)  # of Q, which has every entry twice
+            theta.mul_((radius / norm.clamp_min(1e-30)).clamp_max(1.0))
 
 
 def block(theta: Tensor) -> int:

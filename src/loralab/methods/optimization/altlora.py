@@ -1,5 +1,4 @@
-"""AltLoRA: one factor per step, moved along the full gradient as far as the other factor lets it,
-with a momentum that is carried along when that factor moved.
+"""AltLoRA: one factor per step, moved along the full gradient as far as the other factor lets it.
 
 Even steps:  g̃ = (1/s²) (BᵀB)⁻¹ ∇A,  M ← β1 (BᵀB)⁻¹ Bᵀ B₋ M + (1 - β1) g̃,  A ← A - η (M + γ A);
 odd steps:   g̃ = (1/s²) ∇B (AAᵀ)⁻¹,  M ← β1 M A₋ Aᵀ (AAᵀ)⁻¹ + (1 - β1) g̃,  B ← B - η (M + γ B),
@@ -21,6 +20,7 @@ V the running mean of g̃².
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,14 +28,14 @@ from torch import Tensor
 from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.methods.optimization._pairs import OTHER, PairRule, halves, move, seen_through
+from loralab.methods.optimization import _pairs as pairs
 from loralab.recipe import Hyper, SiteState, Tensors
 from loralab.training.adamw import per_slot
 from loralab.training.gram import turned
 
 
 @dataclass(frozen=True)
-class AltLoRA(PairRule):
+class AltLoRA(pairs.TurnRule):
     """Alternating projected momentum.
 
     Args:
@@ -44,39 +44,35 @@ class AltLoRA(PairRule):
         damping: on the Gram matrices (corollary 1); 1e-3 in the authors' code.
     """
 
+    first: ClassVar[str] = "A"  # the paper's even steps
+
     second_moment: bool = False
     correct_bias: bool = False
     damping: Positive = 1e-3
     eps: Positive = 1e-6
 
     def memory(self, site: SiteState) -> Tensors:
-        seconds = {"v." + n: torch.zeros_like(site.t[n]) for n in OTHER if self.second_moment}
+        seconds = {"v." + n: torch.zeros_like(site.t[n]) for n in pairs.OTHER if self.second_moment}
         return super().memory(site) | seconds
 
-    def step_pair(self, site: SiteState, hyper: Hyper) -> None:
-        odd = site.state["turns"] % 2 == 1  # counted from 1: the paper's even steps
-        for name, turn in (("A", odd), ("B", ~odd)):
-            if bool(turn.any()):
-                self._half(site, name, turn, hyper)
-
-    def _half(self, site: SiteState, name: str, turn: Tensor, hyper: Hyper) -> None:
-        """Move one factor, U of U Vᵀ, in the slots whose `turn` it is."""
-        U, g, V = halves(site, name)
-        m, V_old = turned(name, site.state["m." + name]), site.state["old." + OTHER[name]]
-        S, carry = seen_through(V, turned(OTHER[name], V_old), self.damping)
+    def half(self, site: SiteState, name: str, hyper: Hyper) -> Tensor:
+        turn, (U, g, V) = self.is_turn(site, name), pairs.halves(site, name)
+        if not bool(turn.any()):
+            return U
+        m, V_old = pairs.remembered(site, name)
+        S, carry = pairs.seen_through(V, V_old, self.damping)
         g = (g @ S) / per_slot(site.scale.to(U), U) ** 2
         update = self.beta1 * m @ carry + (1 - self.beta1) * g
-        move(m, update, turn)
-        move(V_old, site.t[OTHER[name]], turn)
+        pairs.move(m, update, turn)
+        pairs.move(V_old, V, turn)
         if self.correct_bias:  # by this factor's own count of steps
             count = torch.div(site.state["turns"] + 1, 2, rounding_mode="floor")
             update = update / per_slot(1 - self.beta1**count, update)
         if self.second_moment:
             v = turned(name, site.state["v." + name])
-            move(v, self.beta2 * v + (1 - self.beta2) * g * g, turn)
+            pairs.move(v, self.beta2 * v + (1 - self.beta2) * g * g, turn)
             update = update / (v.sqrt() + self.eps)
-        moved = U - per_slot(hyper.lr, U) * (update + per_slot(hyper.weight_decay, U) * U)
-        move(U, moved, turn & (hyper.lr > 0))
+        return torch.where(per_slot(turn, U), pairs.descended(U, update, hyper), U)
 
 
 register("altlora", "optimization", __doc__, LoRA(), rule=AltLoRA())

@@ -26,8 +26,8 @@ from loralab.bounds import Count
 from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.optimization._rotations import cayley, skew, turn
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.optimization._rotations import Rotation, cayley, skew, turn
+from loralab.recipe import Evidence, Site, Tensors
 
 
 def component(x: Tensor, R: Tensor, k: int) -> Tensor:
@@ -41,7 +41,7 @@ def component(x: Tensor, R: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BOFT(Form):
+class BOFT(Rotation):
     """A product of m butterfly rotations of the layer's input.
 
     The rank is the block size b, of the paper's BOFT(m, b): m in (b - 1) / 2 parameters. A rank
@@ -49,18 +49,12 @@ class BOFT(Form):
 
     Args:
         n_factors: m; 2 in most of the paper's tables.
-        rescale: also train a factor per output, as the authors' code and PEFT do.
+        rescale: off in the paper, on in the authors' code and in PEFT.
     """
 
-    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
-    any_rank: ClassVar[bool] = True
     recomputed: ClassVar[frozenset[str]] = frozenset({"inner"})  # m turned copies of x
 
     n_factors: Count = 2
-    rescale: bool = False
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return theta [m, in / b, b (b - 1) / 2] = 0, and s [out] = 1 if asked for."""
@@ -71,9 +65,7 @@ class BOFT(Form):
                 f"BOFT with {m} factors needs an even block b up to the rank {site.rank} such that "
                 f"{2 ** (m - 1)} b divides the {n} inputs; choose another rank or fewer n_factors"
             )
-        b = fits[-1]
-        t = {"theta": evidence.weight.new_zeros(m, n // b, b * (b - 1) // 2)}
-        return t | ({"s": evidence.weight.new_ones(site.d_out)} if self.rescale else {})
+        return self.at_rest(evidence, fits[-1], m, n // fits[-1])
 
     def inner(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         theta = wide(t["theta"])
@@ -81,9 +73,6 @@ class BOFT(Form):
         for i in range(self.n_factors, 0, -1):  # theta[0] belongs to B̃(d, 2), the last to act
             x = component(x, R[..., i - 1, :, :, :], 2**i)
         return x
-
-    def outer(self, t: Tensors, y: Tensor, site: Site) -> Tensor:
-        return (y * t["s"].unsqueeze(-2)).to(y.dtype) if self.rescale else y
 
 
 register("boft", "optimization", __doc__, BOFT())

@@ -1,10 +1,10 @@
-"""Flora: W ← W - η M A with the momentum compressed by a random A [r, in] ~ N(0, 1/r),
-M ← β M + (1 - β) G Aᵀ; every κ steps A is drawn anew and M ← M A_old A_newᵀ.
+"""Flora: momentum compressed by a random A [r, in], which is drawn anew every κ steps.
 
-LoRA with a frozen A takes just this gradient, ∂L/∂B = s G Aᵀ, and steps of B move W by multiples of
-M A. So G is never formed: B is trained, and at each new draw B A is folded into the adapter's own
-frozen low-rank term, while W stays. Ours is the form with a single scale per matrix, the
-root mean square of M A, in the place of Adafactor's second moments; those need the dense G.
+LoRA with a frozen A takes just the gradient that is needed, ∂L/∂B = s G Aᵀ, and steps of B move W
+by multiples of M A. So G is never formed: B is trained, and at each new draw B A is folded into the
+adapter's own frozen low-rank term, while W stays, and M ← M A_old A_newᵀ. Ours is the form with a
+single scale per matrix, the root mean square of M A, in the place of Adafactor's second moments;
+those need the dense G.
 
 :summary: Momentum compressed by a random projection that is drawn anew now and then
 :equation: W <- W - lr M A / rms(M A), M <- beta M + (1 - beta) G A^T, A ~ N(0, 1/r)
@@ -27,12 +27,12 @@ from typing import ClassVar
 
 import torch
 
-from loralab.bounds import Count, Decay, Positive
+from loralab.bounds import Decay, Positive
 from loralab.methods import register
-from loralab.methods.expansion._phases import forget
 from loralab.methods.expansion.rac_lora import Asymmetric
 from loralab.methods.optimization._pairs import product_norm
-from loralab.recipe import Hyper, Rule, Schedule, SiteState
+from loralab.methods.optimization._resampling import Resampling
+from loralab.recipe import Hyper, Rule, SiteState
 from loralab.training.adamw import per_slot
 
 
@@ -72,37 +72,6 @@ class Compressed(Rule):
                 tensor.mul_(decay).sub_(rate * m)
 
 
-@dataclass(frozen=True)
-class Resampling(Schedule):
-    """Draw the projection anew and carry the momentum over.
+FORM = Asymmetric(distribution="projection")
 
-    Args:
-        every: κ, the steps between two draws. None takes the paper's 1000, or a quarter of the run
-            where that is less.
-    """
-
-    pair_only: ClassVar[bool] = True
-
-    every: Count | None = None
-
-    def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
-        count, rest = divmod(step + 1, self.every or min(1000, max(1, -(-n_steps // 4))))
-        if rest or step + 1 >= n_steps:
-            return
-        for site in sites:
-            old = (site.t | site.fixed)["A"].clone()
-            site.restart(count)
-            if "old.A" in site.state:  # such a Rule carries its momentum over by itself
-                continue
-            if "v.B" in site.state:  # no second moment can follow: AdamW's kind begins anew
-                forget(site)
-            elif "m.B" in site.state:
-                m, new = site.state["m.B"], (site.t | site.fixed)["A"]
-                m.copy_(m @ (old @ new.mT))
-
-
-FLORA_FORM = Asymmetric(distribution="projection")
-
-register(
-    "flora_compress", "optimization", __doc__, FLORA_FORM, rule=Compressed(), schedule=Resampling()
-)
+register("flora_compress", "optimization", __doc__, FORM, rule=Compressed(), schedule=Resampling())

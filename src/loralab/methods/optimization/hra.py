@@ -1,17 +1,14 @@
-"""HRA: z = W H_1 ... H_r x, H_i = I - 2 u_i u_iᵀ, |u_i| = 1.
+"""HRA: turns the input by Householder reflections H_i = I - 2 u_i u_iᵀ, z = W H_1 ... H_r x.
 
-Eq. 6 adds λ ‖I - UᵀU‖² to the loss. Neighbours start equal (the authors' start in PEFT), u_1 = u_2
-and so on, and cancel. For exact cancelling a pair a, b is written by its difference d = a - b,
-which is 0 at the start: H_a H_b = I + [a, d] [-2 (d + |d|² b), 2 b]ᵀ, since 2 aᵀb = 2 - |d|². Their
-product is eq. 3's I + U Γ Uᵀ with a block-triangular core of size r. The paper's λ = ∞
-(Gram-Schmidt) is not built: I - 2 U Uᵀ with orthonormal U is never the identity.
+Eq. 6 adds λ ‖I - UᵀU‖² to the loss. Neighbours start equal, as in PEFT, and cancel; exactly so, as
+a pair a, b is written by d = a - b: H_a H_b = I + [a, d] [-2 (d + |d|² b), 2 b]ᵀ, for 2 aᵀb =
+2 - |d|². The product of all pairs is eq. 3's I + U Γ Uᵀ with a block-triangular core of size r.
 
 :summary: Turns the layer's input by a chain of Householder reflections
 :equation: W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), |u_i| = 1
 :trap: An odd number of reflections has determinant -1 and cannot start at the identity.
 :trap: Only the direction of u_i acts, so its length sets the step that a rate makes.
-:trap: With equal pairs Gram-Schmidt divides 0 by 0, or rounding by rounding: PEFT's apply_GS does
-    not start at the base.
+:trap: The paper's λ = ∞ (Gram-Schmidt, PEFT's apply_GS) is not built: it cannot start at the base.
 :title: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
     Adaptation
 :authors: Shen Yuan, Haotian Liu, Hongteng Xu
@@ -20,7 +17,6 @@ product is eq. 3's I + U Γ Uᵀ with a block-triangular core of size r. The pap
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +26,8 @@ from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import uniform
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.optimization._unscaled import Unscaled
+from loralab.recipe import Evidence, Site, Tensors
 
 
 def unit(U: Tensor) -> Tensor:
@@ -39,24 +36,18 @@ def unit(U: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HRA(Form):
+class HRA(Unscaled):
     """A chain of r reflections of the layer's input; the rank is r and must be even.
 
     Args:
-        lam: λ of eq. 6, in training only; the paper takes 1e-5 to 1e-3, for language models 1e-4.
-            PEFT has none.
+        lam: λ of eq. 6; the paper takes 1e-5 to 1e-3, 1e-4 for language models, PEFT none.
     """
-
-    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
     lam: NonNegative = 1e-4
 
     @property
     def rank_multiple(self) -> int:
         return 2
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return U [in, r], columns 2i and 2i + 1 equal."""

@@ -1,12 +1,10 @@
-"""LoRA-RITE: adaptive steps of Z = A Bᵀ that are the same whatever the split into A and B.
+"""LoRA-RITE: adaptive steps of Z = B A (the paper's A Bᵀ) that are the same whatever the split.
 
 With polar decompositions A = U_A R_A and B = U_B R_B, for A (and likewise for B):
-
     ∇̄ = ∇A R_B⁻¹,   P = U_Bᵀ U_B₋,   V ← β2 P V Pᵀ + (1 - β2) ∇̄ᵀ∇̄,   ρ ← β2 (ρ + d(V₋, P V₋ Pᵀ)),
     S = ∇̄ (V + ρ I)^-½,   M ← β1 M Pᵀ + (1 - β1) S,   A ← A - η M R_B^-ᵀ,
-
 with bias-corrected decays; d(X, Y) = min(max_i λ_i(X) - λ_i(Y), tr X - tr Y), at least 0, is what
-the change of basis lost. The paper's Z = A Bᵀ is our B A.
+the change of basis lost.
 
 :summary: An adaptive optimizer whose step of B A is the same for every split into B and A
 :equation: A <- A - lr M R_B^-T, M the momentum of g (V + rho I)^-1/2, g = grad A R_B^-1
@@ -24,28 +22,26 @@ the change of basis lost. The paper's Z = A Bᵀ is our B A.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.methods.optimization._pairs import OTHER, PairRule, halves, move, polar
+from loralab.methods.optimization import _moments as moments
+from loralab.methods.optimization import _pairs as pairs
 from loralab.recipe import Hyper, SiteState, Tensors
 from loralab.training.adamw import per_slot
-from loralab.training.gram import eigen, turned
+from loralab.training.gram import turned
 
 
 @dataclass(frozen=True)
-class LoRARite(PairRule):
+class LoRARite(pairs.PairRule):
     """Transformation-invariant adaptive steps.
 
     Args:
-        eps: added to the root of V + ρ, and the share of its largest singular value below which a
-            direction of a factor counts as missing.
+        eps: added to the root of V + ρ; directions of a factor below this share are missing.
         escape: False leaves out ρ, the default of the authors' PyTorch code.
-        mean_rows: True divides ∇̄ᵀ∇̄ by the number of rows, as that code does; steps are then √rows
-            times longer.
+        mean_rows: divide ∇̄ᵀ∇̄ by the number of rows as that code does: steps √rows times longer.
     """
 
     eps: Positive = 1e-6
@@ -60,44 +56,23 @@ class LoRARite(PairRule):
         alike |= dict.fromkeys(("escaped_A", "escaped_B"), square[:, 0, 0])
         return {name: torch.zeros_like(x) for name, x in alike.items()}
 
-    def step_pair(self, site: SiteState, hyper: Hyper) -> None:
-        steps = {name: self._half(site, name) for name in OTHER}
-        for name, step in steps.items():
-            U = turned(name, site.t[name])
-            decay = per_slot(hyper.weight_decay, U) * U
-            move(U, U - per_slot(hyper.lr, U) * (step + decay), hyper.lr > 0)
-
-    def _half(self, site: SiteState, name: str) -> Tensor:
-        """Return M R_V^-ᵀ, the step of U [K, p, r]."""
-        state, (_, g, V) = site.state, halves(site, name)
-        parts = ("m_", "v_", "escaped_", "basis_")
-        m, old, escaped, basis = (state[part + name].double() for part in parts)
-        # Decays with which running means need no further bias correction.
-        turns, betas = state["turns"].double(), (self.beta1, self.beta2)
-        one, two = (b * (1 - b ** (turns - 1)) / (1 - b**turns) for b in betas)
-        U, inverse = polar(V, self.eps)
+    def half(self, site: SiteState, name: str, hyper: Hyper) -> Tensor:
+        state, (U, g, V) = site.state, pairs.halves(site, name)
+        keys = [part + name for part in ("m_", "v_", "escaped_", "basis_")]
+        m, old, escaped, basis = (state[key].double() for key in keys)
+        one, two = (moments.corrected(b, state["turns"].double()) for b in (self.beta1, self.beta2))
+        U_V, inverse = pairs.polar(V, self.eps)
         g = g.double() @ inverse
-        P = U.mT @ basis
+        P = U_V.mT @ basis
         carried = P @ old @ P.mT
         square = g.mT @ g / (g.shape[-2] if self.mean_rows else 1)
         second = per_slot(two, old) * carried + per_slot(1 - two, old) * square
         if self.escape:
-            escaped = two * (escaped + _lost(old, carried))
-        root, Q = eigen(second)
-        root = (root.clamp_min(0) + per_slot(escaped, root)).sqrt() + self.eps
-        S = g @ (Q / root.unsqueeze(-2)) @ Q.mT
+            escaped = two * (escaped + moments.lost(old, carried))
+        S = moments.whitened(g, second, escaped, self.eps)
         m = per_slot(one, g) * (m @ P.mT) + per_slot(1 - one, g) * S
-        kept = zip(parts, (m.to(V), second, escaped, U.to(V)), strict=True)
-        state.update({part + name: x for part, x in kept})
-        return (m @ inverse.mT).to(V)
-
-
-def _lost(old: Tensor, new: Tensor) -> Tensor:
-    """Return d(old, new) [*], the mass that escaped; a `resize` between them changes their size."""
-    n = max(old.shape[-1], new.shape[-1])
-    values, _ = eigen(torch.stack([F.pad(x, (0, n - x.shape[-1]) * 2) for x in (old, new)]))
-    gaps = values[0] - values[1]
-    return torch.minimum(gaps.amax(-1), gaps.sum(-1)).clamp_min(0)
+        state.update(zip(keys, (m.to(V), second, escaped, U_V.to(V)), strict=True))
+        return pairs.descended(U, (m @ inverse.mT).to(V), hyper)
 
 
 register("lora_rite", "optimization", __doc__, LoRA(), rule=LoRARite())

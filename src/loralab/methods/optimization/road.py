@@ -1,7 +1,6 @@
-"""RoAd: z = R h for a layer's output h, R = diag(R_1, ..., R_{d/2}) with
-R_i = [[α_11 cos θ_11, -α_12 sin θ_12], [α_21 sin θ_21, α_22 cos θ_22]], α = 1 and θ = 0 at first.
-
-RoAd1 has one α and θ per block, RoAd2 one per row, RoAd4 all four (table 1).
+"""RoAd: z = R h for a layer's output h, R of 2 x 2 blocks with α = 1 and θ = 0 at the start:
+R_i = [[α_11 cos θ_11, -α_12 sin θ_12], [α_21 sin θ_21, α_22 cos θ_22]]. RoAd1 has one α and θ per
+block, RoAd2 one per row, RoAd4 all four (table 1).
 
 :summary: Turns and scales pairs of the layer's outputs
 :equation: W' = R W, R of 2 x 2 blocks alpha [[cos t, -sin t], [sin t, cos t]]

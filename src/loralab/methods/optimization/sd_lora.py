@@ -1,4 +1,4 @@
-"""SD-LoRA: h' = (W0 + Σ_k α_k A_k B_k / ‖A_k B_k‖_F) x, the paper's A B being our B A.
+"""SD-LoRA: frozen, normalised directions of earlier tasks beside the present one (A B is our B A).
 
 The present direction is not normalised while it is trained, as in the authors' code: with B = 0 it
 has no norm, and step 0 is the base. When the task ends, α_t takes the norm over, so that the
@@ -19,7 +19,6 @@ absorbed directions are not offered.
     public summary; the paper's text was not to be had
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,15 +26,10 @@ import torch
 from torch import Tensor
 
 from loralab.bounds import Count
-from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.expansion._phases import forget
 from loralab.methods.expansion.lora import Pair
-from loralab.methods.optimization._pairs import product_norm
-from loralab.recipe import Evidence, Schedule, Site, SiteState, Tensors
-from loralab.training.adamw import per_slot
-
-OWN = frozenset({"A", "B", "alpha", "A_old", "B_old", "alpha_old"})
+from loralab.methods.optimization._directions import OLD, NextDirection
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -47,8 +41,8 @@ class Directions(Pair):
     """
 
     pair: ClassVar[bool] = False
-    owns: ClassVar[frozenset[str]] = OWN
-    frozen: ClassVar[frozenset[str]] = frozenset({"A_old", "B_old"})
+    owns: ClassVar[frozenset[str]] = OLD | {"A", "B", "alpha", "alpha_old"}
+    frozen: ClassVar[frozenset[str]] = OLD
 
     n_tasks: Count = 1
 
@@ -67,50 +61,6 @@ class Directions(Pair):
             return B, A
         alpha = t["alpha_old"].repeat_interleave(A.shape[-2], -1).unsqueeze(-2)
         return torch.cat([B, alpha * t["B_old"]], -1), torch.cat([A, t["A_old"]], -2)
-
-
-@dataclass(frozen=True)
-class NextDirection(Schedule):
-    """Freeze the present direction and begin another one.
-
-    Args:
-        restart_magnitudes: all of them, old and new, begin each further task at 0.8, as in the
-            authors' code; the function then jumps at the border of two tasks.
-    """
-
-    singles_out: ClassVar[frozenset[str]] = OWN - {"A", "B"}
-    trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha"})
-    changes: ClassVar[frozenset[str]] = frozenset({"A_old", "B_old"})
-
-    restart_magnitudes: bool = False
-
-    @torch.no_grad()
-    def next_task(self, sites: Sequence[SiteState], count: int) -> None:
-        """Normalise the direction of task `count` - 1 into its place among the old ones."""
-        n_old = sites[0].t["alpha_old"].shape[-1] if "alpha_old" in sites[0].t else 0
-        if count > n_old:
-            raise UserError(
-                f"SD-LoRA was made for n_tasks = {n_old + 1} and cannot begin task {count + 1}; "
-                "set n_tasks to the length of the sequence"
-            )
-        for site in sites:
-            A, B, alpha, alpha_old = (site.t[name] for name in ("A", "B", "alpha", "alpha_old"))
-            r, norm = A.shape[-2], product_norm(B, A)
-            here = slice((count - 1) * r, count * r)
-            direction = B / per_slot(norm.clamp_min(torch.finfo(B.dtype).tiny), B)
-            site.fixed["A_old"][..., here, :] = A
-            site.fixed["B_old"][..., here] = direction
-            alpha_old[..., count - 1] = alpha[..., 0] * norm
-            alpha.fill_(1.0)
-            if self.restart_magnitudes:
-                alpha.fill_(0.8)
-                alpha_old.fill_(0.8)
-            B.zero_()
-            for slot, values in enumerate(A):
-                generator = site.generator(slot, "A", count)
-                draw = torch.rand(values.shape, generator=generator, dtype=torch.float64)
-                values.copy_((2 * draw - 1) * site.site.d_in**-0.5)
-            forget(site)
 
 
 register("sd_lora", "optimization", __doc__, Directions(), schedule=NextDirection())

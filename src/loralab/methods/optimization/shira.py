@@ -1,11 +1,9 @@
 """SHiRA: W_new = W + S, where S is trained only where a fixed mask M is 1.
 
-It trains as many entries as LoRA would at that rank, as the authors' PEFT code does; the paper says
-1 to 2 % of W.
-
 :summary: Trains a fixed sparse choice of W's own entries
 :equation: dW = M ∘ S with r (in + out) entries of M at 1, S0 = 0
-:trap: The rank only counts entries; dW has high rank.
+:trap: The rank only counts entries, as many as LoRA's, as in the authors' PEFT code; the paper says
+    1 to 2 % of W. dW has high rank.
 :trap: s = 1 whatever alpha is (lemma 4.3).
 :trap: The mask is chosen once, at the start, and never moves.
 :title: Sparse High Rank Adapters
@@ -24,13 +22,15 @@ from torch import Tensor
 
 from loralab.bounds import OneOf
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.expansion._sparse import rows_and_diagonal, spread
+from loralab.methods.optimization._unscaled import Unscaled
+from loralab.recipe import Evidence, Site, Tensors
 
 MASKS = ("rand", "wm", "grad", "snip", "struct")  # section 3.1 and appendix B
 
 
 @dataclass(frozen=True)
-class SHiRA(Form):
+class SHiRA(Unscaled):
     """Some entries of W, chosen once.
 
     Args:
@@ -40,7 +40,6 @@ class SHiRA(Form):
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
-    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
     mask: Annotated[str, OneOf(MASKS)] = "rand"
 
@@ -48,14 +47,11 @@ class SHiRA(Form):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"gradient"}) if self.mask in ("grad", "snip") else frozenset()
 
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
-
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return `index`, places in W read row by row, and `values` = 0 of the same length."""
         count = min(site.rank * (site.d_in + site.d_out), site.d_in * site.d_out)
         if self.mask == "struct":
-            index = _rows_and_diagonal(site.d_out, site.d_in, count)
+            index = rows_and_diagonal(site.d_out, site.d_in, count)
         else:
             order = self._score(evidence).flatten().argsort(descending=True, stable=True)
             index = order[:count].sort().values
@@ -71,20 +67,7 @@ class SHiRA(Form):
         return G.abs() if self.mask == "grad" else (W * G).abs()
 
     def delta(self, t: Tensors, site: Site) -> Tensor:
-        values = t["values"]
-        empty = values.new_zeros(*values.shape[:-1], site.d_out * site.d_in)
-        index = t["index"].long().expand(values.shape)
-        return empty.scatter(-1, index, values).unflatten(-1, (site.d_out, site.d_in))
-
-
-def _rows_and_diagonal(m: int, n: int, count: int) -> Tensor:
-    """Return the places of the diagonal and of as many evenly spaced rows as `count` allows."""
-    n_rows = min(m, max(0, count - min(m, n)) // n)
-    on = torch.zeros(m, n, dtype=torch.bool)
-    on.diagonal().fill_(True)
-    if n_rows:
-        on[:: -(-m // n_rows)] = True
-    return on.flatten().nonzero().squeeze(-1)
+        return spread(t["values"], t["index"].long(), site)
 
 
 register("shira", "optimization", __doc__, SHiRA())
