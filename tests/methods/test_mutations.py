@@ -276,7 +276,7 @@ MUTATIONS = {
     "core: unmerge subtracts": (
         Merged, "undo", unmerge_by_subtraction, conformance("merge_is_exact", "lora")),
     "core: merge leaves the bias": (
-        Bank, "biased", lambda self, W, b, slot: wide(b), conformance("dense_equals_forward", "ia3")),
+        Bank, "biased", lambda *args: wide(args[2]), conformance("dense_equals_forward", "ia3")),
     "mixlora: weights not divided by their sum": (
         MixLoRA, "route", undivided, blocks.test_experts_are_whole_feed_forward_blocks),
     "mixlora: every layer mixes": (

@@ -77,6 +77,17 @@ def test_every_method_file_registers_a_cited_method_of_its_folder():
         assert paper.arxiv in source.split('"""')[1] or method.axis == "baseline"
 
 
+def test_a_method_fits_on_a_page_and_its_folder_s_machinery_on_two():
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in Path(methods.__path__[0]).glob("*/*.py")
+    }
+    pages = {path.name: n for path, n in lengths.items() if not path.name.startswith("_")}
+    shared = {path.name: n for path, n in lengths.items() if path.name.startswith("_")}
+    assert {name: n for name, n in pages.items() if n > 80} == {}
+    assert {name: n for name, n in shared.items() if n > 150} == {}
+
+
 def test_every_method_is_in_the_generated_table_with_its_paper_and_what_verified_it():
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
