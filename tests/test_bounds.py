@@ -39,6 +39,7 @@ def test_what_the_types_allow_passes(settings):
     ("settings", "sentence"),
     [
         ({"lr": 0.0}, "lr of Piece must be positive, not 0.0"),
+        ({"lr": float("inf")}, "lr of Piece must be positive, not inf"),
         ({"lr": float("nan")}, "lr of Piece must be positive, not nan"),
         ({"lr": None}, "lr of Piece must be positive, not None"),
         ({"lr": "1"}, "lr of Piece must be positive, not '1'"),

@@ -16,7 +16,7 @@ from loralab.errors import UserError, near_misses
 
 @dataclass(frozen=True)
 class Bound:
-    """A range: the words for it, and whether a number lies in it (NaN never does)."""
+    """A range: the words for it, and whether a number lies in it (NaN and infinity never do)."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -30,9 +30,9 @@ class OneOf:
 
 
 Finite = Annotated[float, Bound("a finite number", math.isfinite)]
-Positive = Annotated[float, Bound("positive", lambda v: v > 0)]
-NonNegative = Annotated[float, Bound("at least 0", lambda v: v >= 0)]
-AtLeastOne = Annotated[float, Bound("at least 1", lambda v: v >= 1)]
+Positive = Annotated[float, Bound("positive", lambda v: 0 < v < math.inf)]
+NonNegative = Annotated[float, Bound("at least 0", lambda v: 0 <= v < math.inf)]
+AtLeastOne = Annotated[float, Bound("at least 1", lambda v: 1 <= v < math.inf)]
 Decay = Annotated[float, Bound("in [0, 1)", lambda v: 0 <= v < 1)]
 Share = Annotated[float, Bound("a share, in [0, 1]", lambda v: 0 <= v <= 1)]
 SomeShare = Annotated[float, Bound("a share, above 0 and at most 1", lambda v: 0 < v <= 1)]

@@ -12,7 +12,6 @@ from loralab import adapt, load
 from loralab.core.pack import Pack, SlotSpec
 from loralab.errors import UserError
 from loralab.methods import build
-from loralab.testing.toy import generator
 
 MIX = dict(n_experts=3, top_k=2)
 
@@ -123,6 +122,26 @@ def test_neighbours_of_other_methods_run_the_block_once(rows):
     torch.testing.assert_close(kept, torch.cat([second, third]), rtol=1e-12, atol=1e-12)
 
 
+def test_slots_of_one_pack_may_adapt_different_layers_of_a_block():
+    """Another layer leads the block for each; every slot is what it is alone."""
+    specs = [spec(), spec(targets=("q_attn", "up", "down"), seed=1), spec(targets=("up",), seed=2)]
+    x = draw(9, 3, 5, 8)
+    pack = at_random(Pack(Model(), specs))
+    y = pack.model(x)
+    for k, one in enumerate(specs):
+        alone = Pack(Model(), [one])
+        for name, own in tensors(alone, 0).items():
+            for n, value in own.items():
+                value.copy_(tensors(pack, k)[name][n])
+        torch.testing.assert_close(y[k : k + 1], alone.model(x[k : k + 1]), rtol=1e-9, atol=1e-9)
+
+
+def test_an_empty_batch_passes():
+    pack = Pack(Model(), [spec(), spec(seed=1)])
+    with pack.rows([0, 0]):
+        assert pack.model(draw(9, 0, 5, 8)).shape == (0, 5, 8)
+
+
 def test_it_starts_at_the_base_leaves_no_trace_and_survives_copies_and_files(tmp_path):
     x, bare = draw(9, 2, 5, 8), Model()
     adapter = adapt(Model(), "mixlora", rank=2, **MIX)
@@ -144,10 +163,16 @@ def test_the_balance_loss_counts_every_token_once_and_padding_never():
     pack, x = at_random(Pack(Model(), [spec()])), draw(9, 2, 5, 8)
     t, h = tensors(pack, 0), Model().q_attn(x)
     h = h + x @ (t["q_attn"]["B"] @ t["q_attn"]["A"]).T
-    valid = (torch.rand(2, 5, generator=generator("valid")) < 0.7).double()
+    valid = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).double()
     p = (h @ t["mlp.gate"]["W_g"].T).softmax(-1)[valid == 1]
     chosen = torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0)
     wanted = 0.01 * 3 * (chosen.mean(0) * p.mean(0)).sum()
+    with pack.given(valid=valid):
+        pack.model(x)
+    with pack.given(valid=torch.ones_like(valid)):
+        pack.model(x)
+        assert not torch.allclose(pack.penalty()[0] * pack.sites[0].banks[0].site.n_layers, wanted)
+        pack.model(x)
     with pack.given(valid=valid):
         pack.model(x)
     # Two "transformer layers": the attention's and the feed-forward's module.

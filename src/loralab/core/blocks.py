@@ -1,41 +1,44 @@
 """Blocks that run once for every expert that a token visits (Forms with `route`)."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralab.core.layout import Layout
+from loralab.core.layout import EXPERT, Layout
 from loralab.core.sites import LinearSite, base_forward
 from loralab.errors import UserError
+from loralab.recipe import Site
 
-EXPERT = "expert"
-ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 Visits = tuple[Tensor, Tensor]  # which expert, and with what weight: [V, rows, ...] each
 
 
 class RoutedBlock(nn.Module):
-    """A module that holds several adapted layers, the first of which routes the block's input.
+    """A module that holds several adapted layers; for each slot the first of them routes its input.
 
     Inside, a slot that routes has V rows for each of its own, visit by visit.
 
+    Args:
+        leads: the sites with a bank that routes.
+
     Raises:
-        UserError: the module holds attention too, so an expert would be more than a feed-forward
-            block.
+        UserError: the module holds layers that are none of the experts' (attention, say).
     """
 
-    def __init__(self, name: str, module: nn.Module, layout: Layout, lead: LinearSite) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, layout: Layout, leads: Sequence[LinearSite]
+    ) -> None:
         super().__init__()
-        inside = [n for n, _ in module.named_modules() if ATTENTION.search(n)]
-        if inside:
-            raise UserError(
-                f"the experts of {lead.banks[0].form.__class__.__name__} are feed-forward blocks, "
-                f"and {name!r} also holds {inside[0]!r}; adapt only one of its other layers"
-            )
         self.name, self.layout = name, layout
-        self._lead = [lead]  # in a list: it is the child of its own layer
+        self._leads = list(leads)  # in a list: they are the children of their own layers
+        form = next(bank.form for lead in leads for bank in lead.banks if bank.routes)
+        for inside, _ in module.named_modules():
+            if inside and not form.routes(Site(f"{name}.{inside}", 0, 0, 0)):
+                raise UserError(
+                    f"{type(form).__name__} sends tokens to experts that are whole blocks, and "
+                    f"{name!r} also holds {inside!r}; adapt only one of its other layers"
+                )
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output [rows, ..., out] for x [rows, ..., in], slot-major.
@@ -43,14 +46,24 @@ class RoutedBlock(nn.Module):
         Raises:
             UserError: the block takes or gives more than one tensor.
         """
-        if self.layout.disabled or not any(bank.routes for bank in self._lead[0].banks):
+        routing = [
+            (lo, bank)
+            for lead in self._leads
+            for lo, bank in zip(lead.first, lead.banks, strict=True)
+            if bank.routes
+        ]
+        if self.layout.disabled or not routing:
             return base_forward(module, *args, **kwargs)
         inputs = [*args, *kwargs.values()]
         if len(inputs) != 1:
             raise self._mistake(f"takes {len(inputs)} inputs")
         (x,) = inputs
         rows = self.layout.rows_of(x.shape[0])
-        visits = self._visits(x.split(rows))
+        visits: list[Visits | None] = [None] * len(rows)  # None for slots that do not route
+        parts = x.split(rows)
+        for lo, bank in routing:
+            for k in range(bank.size):
+                visits[lo + k] = bank.route(parts[lo + k], k)
         times = [1 if v is None else len(v[0]) for v in visits]
         inside = [r * n for r, n in zip(rows, times, strict=True)]
         before = self.layout.given
@@ -65,17 +78,8 @@ class RoutedBlock(nn.Module):
             self.layout.given = before
         if not isinstance(y, Tensor):
             raise self._mistake("gives more than one tensor")
-        parts = zip(y.split(inside), visits, strict=True)
-        return torch.cat([part if v is None else _mixed(part, v[1]) for part, v in parts])
-
-    def _visits(self, parts: Sequence[Tensor]) -> list[Visits | None]:
-        """Return every slot's visits, None for slots that do not route."""
-        lead = self._lead[0]
-        found: list[Visits | None] = [None] * len(parts)
-        for lo, bank in zip(lead.first, lead.banks, strict=True):
-            for k in range(bank.size if bank.routes else 0):
-                found[lo + k] = bank.route(parts[lo + k], k)
-        return found
+        results = zip(y.split(inside), visits, strict=True)
+        return torch.cat([part if v is None else _mixed(part, v[1]) for part, v in results])
 
     @staticmethod
     def _experts(x: Tensor, rows: Sequence[int], visits: Sequence[Visits | None]) -> Tensor:

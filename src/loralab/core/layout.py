@@ -10,6 +10,8 @@ from torch import Tensor
 
 from loralab.errors import UserError
 
+EXPERT = "expert"  # the name under which `given` says which expert a row inside a block is for
+
 
 class Layout:
     """Shared by all adapted layers of a pack.
@@ -31,7 +33,7 @@ class Layout:
         self.disabled = False
         self.given: dict[str, Tensor] = {}
         self.aux: dict[tuple[str, int], Tensor] = {}
-        self._last_cast: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._last_cast: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave out what hangs on the graph of the last forward pass."""
@@ -49,7 +51,9 @@ class Layout:
         """
         rows = self.rows or [1] * self.size
         total = sum(rows)
-        if n % total:
+        if total == 0 and n == 0:
+            return list(rows)
+        if total == 0 or n % total:
             raise UserError(
                 f"a batch of {n} rows cannot be shared by {self.size} slots; give each slot its "
                 "rows with `with pack.rows([...])`, batch first"
@@ -84,11 +88,12 @@ class Layout:
         if x.dtype == dtype or x.dtype == torch.float64:
             return x
         base = x._base if x._base is not None else x
+        # What x shows of its base, and whether it has been written to since.
+        view = (x.shape, x.stride(), x.storage_offset(), x._version, x.requires_grad, dtype)
         if self._last_cast is not None:
-            reference, kept = self._last_cast
-            same = reference() is base and kept.shape == x.shape
-            if same and kept.requires_grad == x.requires_grad and kept.dtype == dtype:
+            reference, seen, kept = self._last_cast
+            if reference() is base and seen == view:
                 return kept
         out = x.to(dtype)
-        self._last_cast = (weakref.ref(base), out)
+        self._last_cast = (weakref.ref(base), view, out)
         return out

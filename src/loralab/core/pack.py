@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from loralab.core.bank import Bank
-from loralab.core.blocks import EXPERT, RoutedBlock
+from loralab.core.blocks import RoutedBlock
 from loralab.core.change import keep
 from loralab.core.layers import weight_of, wide
-from loralab.core.layout import Layout
+from loralab.core.layout import EXPERT, Layout
 from loralab.core.sites import LinearSite, TrainedSite, attach, detach
 from loralab.core.slots import SlotSpec as SlotSpec
 from loralab.core.slots import stretches, whole_modules
@@ -64,13 +64,13 @@ class Pack(nn.Module):
             TrainedSite(model.get_submodule(n), self.layout, ks) for n, ks in whole.items()
         ]
         self._registered = nn.ModuleList([*self.sites, *self.whole])
+        leads: dict[str, list[LinearSite]] = {}
+        for site in self.sites:
+            for block in dict.fromkeys(bank.site.block for bank in site.banks if bank.routes):
+                leads.setdefault(block, []).append(site)
         self._blocks = {
-            bank.site.block: RoutedBlock(
-                bank.site.block, model.get_submodule(bank.site.block), self.layout, site
-            )
-            for site in self.sites
-            for bank in site.banks
-            if bank.routes
+            block: RoutedBlock(block, model.get_submodule(block), self.layout, own)
+            for block, own in leads.items()
         }
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._encoders = [
@@ -79,6 +79,7 @@ class Pack(nn.Module):
             if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)
         ]
         self._mask_hook: Any = None
+        self._mask: Tensor | None = None
         self._share_out()
         self.attached = False
         self.attach()
@@ -211,9 +212,11 @@ class Pack(nn.Module):
     def _see_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Keep the padding mask of the present batch for the Forms that read it."""
         mask = kwargs.get("attention_mask")
-        self.layout.given.pop("valid", None)
+        if self.layout.given.get("valid") is self._mask:  # what the user gave stays
+            self.layout.given.pop("valid", None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.layout.given["valid"] = mask.to(next(self.model.parameters()).dtype)
+            self._mask = mask.to(next(self.model.parameters()).dtype)
+            self.layout.given.setdefault("valid", self._mask)
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all slots but these (increasing); the others leave the pack for good."""

@@ -21,7 +21,7 @@ from loralab.core.layers import (
     weight_of,
     wide,
 )
-from loralab.core.layout import Layout
+from loralab.core.layout import EXPERT, Layout
 from loralab.errors import UserError
 from loralab.recipe import Form
 from loralab.seeds import generator
@@ -146,7 +146,8 @@ class LinearSite(nn.Module):
         given = {
             name: list(_by_slot(value, counts, tokens, form)[lo : lo + bank.size])
             for name, value in layout.given.items()
-            if name in form.reads
+            # A layer that is a block by itself may stand inside another slot's block.
+            if name in form.reads and (name != EXPERT or bank.site.block)
         }
         draws = []
         if self.training and bank.draws:

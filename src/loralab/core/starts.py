@@ -76,6 +76,7 @@ class Starts:
     ) -> None:
         self.model, self.source, self.ready = model, source, ready or {}
         self._memo: dict[tuple, Any] = {}
+        self._asked = list(slots)
         self.slots = [self._ranked(spec) for spec in slots]
 
     def sites(self, spec: SlotSpec) -> dict[str, Site]:
@@ -217,7 +218,7 @@ class Starts:
             )
         key = ("evidence", spec.seed)
         if key not in self._memo or not self._memo[key].covers(names, needs):
-            alike = [s for s in getattr(self, "slots", [spec]) if s.seed == spec.seed]
+            alike = [s for s in (spec, *self._asked) if s.seed == spec.seed]
             union = dict.fromkeys(names)
             for other in alike:
                 if other.recipe.start.needs | other.recipe.form.needs:

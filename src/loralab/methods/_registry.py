@@ -21,6 +21,9 @@ from loralab.recipe import (
 )
 
 ENTRY_POINTS = "loralab.methods"
+AXES = (
+    "expansion", "sharing", "budgeting", "optimization", "initialization", "experts", "baseline"
+)  # fmt: skip
 
 _METHODS: dict[str, Method] = {}
 _NAMES: dict[str, str] = {}  # every name and alias, to the method's name
@@ -52,9 +55,12 @@ def register(
         aliases: other names under which the method is found.
 
     Raises:
-        UserError: another method already has this name or one of these aliases, or the docstring
-            lacks a field.
+        UserError: there is no such axis, another method already has this name or one of these
+            aliases, or the docstring lacks a field.
     """
+    if axis not in AXES:
+        hint = near_misses(axis, AXES) or f"; one of {', '.join(AXES)}"
+        raise UserError(f"unknown axis {axis!r} of method {name!r}{hint}")
     found = _docstring.fields(name, doc)
     return add(
         Method(
