@@ -164,11 +164,11 @@ class Form(Piece):
         return False
 
     def route(self, t: Tensors, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-        """Return which experts each input visits, and with what weight: [*, n, V] each.
+        """Return which experts each input visits, and with what weight (sum 1): [*, n, V] each.
 
         For Forms whose experts are whole blocks (MixLoRA). x [*, n, in] is the input of
         `site.block`. The core runs the block once for each of the V visits, with t["expert"]
-        [*, n] at all of its sites, and adds up the weighted results; "expert" must be in `reads`.
+        [*, n] at all of its sites, and takes their weighted mean; "expert" must be in `reads`.
         """
         raise NotImplementedError
 

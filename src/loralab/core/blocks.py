@@ -102,5 +102,8 @@ def _repeated(value: Tensor, rows: Sequence[int], times: Sequence[int]) -> Tenso
 
 
 def _mixed(y: Tensor, weight: Tensor) -> Tensor:
-    """Return Σ_v weight_v y_v for y [V rows, ..., out] and weight [V, rows, ...]."""
-    return (y.unflatten(0, (len(weight), -1)) * weight[..., None].to(y.dtype)).sum(0)
+    """Return Σ_v weight_v y_v for y [V rows, ..., out] and weights [V, rows, ...] of sum 1."""
+    first, *others = y.unflatten(0, (len(weight), -1))
+    shares = weight[1:, ..., None].to(y.dtype)
+    # Exactly y where all visits give the same, as at step 0.
+    return first + sum(w * (y_v - first) for w, y_v in zip(shares, others, strict=True))

@@ -23,6 +23,8 @@ from loralab.testing.toy import (
     ToyModel,
     ToyTask,
     inputs,
+    kinds,
+    on_every_kind,
     toy_adapter,
     toy_evidence,
     toy_loss,
@@ -31,11 +33,6 @@ from loralab.testing.toy import (
 )
 from loralab.training.loop import train_pack
 from loralab.training.optimizer import PackOptimizer
-
-
-def kinds(name: str | Recipe) -> list[str]:
-    """Return the kinds of layer that the method's Form declares."""
-    return sorted(build(name).form.layers, reverse=True)
 
 
 def _bits(model: nn.Module) -> dict[str, Tensor]:
@@ -77,10 +74,11 @@ def check_dense_equals_forward(name: str | Recipe) -> None:
         torch.testing.assert_close(adapter.merge()(x), adapted, rtol=1e-10, atol=1e-11)
 
 
-def check_merge_is_exact(name: str | Recipe) -> None:
+@on_every_kind
+def check_merge_is_exact(name: str | Recipe, kind: str) -> None:
     """Merging and unmerging give back every bit of the base, its flags and the adapted output."""
     for dtype in (torch.float32, torch.bfloat16):
-        adapter = trained_adapter(name, dtype)
+        adapter = trained_adapter(name, dtype, kind)
         model, x = adapter.model, inputs(dtype)
         weights, adapted = _bits(model), model(x)
         flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -99,10 +97,11 @@ def check_merge_is_exact(name: str | Recipe) -> None:
         assert now == flags, "merge and unmerge changed what is trained"
 
 
-def check_disable_is_exact(name: str | Recipe) -> None:
+@on_every_kind
+def check_disable_is_exact(name: str | Recipe, kind: str) -> None:
     """Inside `disable` the model is the base to the bit; outside nothing has changed."""
-    bare = ToyModel()(inputs())
-    adapter = trained_adapter(name)
+    bare = ToyModel(kind=kind)(inputs())
+    adapter = trained_adapter(name, kind=kind)
     model = adapter.model
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     adapted = model(inputs())
@@ -126,13 +125,9 @@ def _dense_loss(adapter: Adapter, batch: dict[str, Tensor]) -> Tensor:
     return toy_loss(lambda x: functional_call(bare, weights, (x,)), batch)  # type: ignore[arg-type]
 
 
-def check_gradients(name: str | Recipe) -> None:
+@on_every_kind
+def check_gradients(name: str | Recipe, kind: str) -> None:
     """Gradients equal those of the dense oracle, or differences where there is no dense W'."""
-    for kind in kinds(name):
-        _check_gradients(name, kind)
-
-
-def _check_gradients(name: str | Recipe, kind: str) -> None:
     adapter = trained_adapter(name, torch.float64, kind)
     batch, tensors = ToyTask().batch("train", range(8)), adapter.parameters()
     if mergeable(build(name).form):
@@ -154,9 +149,10 @@ def _check_gradients(name: str | Recipe, kind: str) -> None:
         torch.testing.assert_close(found, (g * step).sum(), rtol=1e-5, atol=1e-13, msg=at)
 
 
-def check_every_tensor_learns(name: str | Recipe) -> None:
+@on_every_kind
+def check_every_tensor_learns(name: str | Recipe, kind: str) -> None:
     """Every tensor said to be trained has a non-zero gradient within three steps."""
-    model, task, seen = ToyModel(), ToyTask(), set()
+    model, task, seen = ToyModel(kind=kind), ToyTask(), set()
     pack = toy_adapter(name, model).pack
     optimizer = PackOptimizer(pack, n_steps=30)  # so that no Schedule acts in these three
     for step in range(3):
@@ -169,14 +165,15 @@ def check_every_tensor_learns(name: str | Recipe) -> None:
     assert not silent, f"no gradient within three steps: {', '.join(silent)}"
 
 
-def check_parameter_count(name: str | Recipe) -> None:
+@on_every_kind
+def check_parameter_count(name: str | Recipe, kind: str) -> None:
     """The count is that of the tensors which the Form makes and the Rule trains."""
-    model = ToyModel()
+    model = ToyModel(kind=kind)
     adapter = toy_adapter(name, model)
     recipe = build(name)
     total = 0
     shared: dict[tuple[str, str], int] = {}
-    evidence = toy_evidence(adapter.pack.names)
+    evidence = toy_evidence(adapter.pack.names, kind)
     for site_name, (_, bank) in zip(adapter.pack.names, adapter.pack.banks(), strict=True):
         weight = weight_of(model.get_submodule(site_name)).detach()
         about = Evidence(weight, 1.0, 0, site_name, **evidence[site_name])
@@ -194,9 +191,10 @@ def check_parameter_count(name: str | Recipe) -> None:
     assert all(p.requires_grad for p in adapter.parameters())
 
 
-def check_leaves_no_trace(name: str | Recipe) -> None:
+@on_every_kind
+def check_leaves_no_trace(name: str | Recipe, kind: str) -> None:
     """Training never writes the base; removing the adapter gives back the very same model."""
-    model = ToyModel()
+    model = ToyModel(kind=kind)
     for p in model.head.parameters():
         p.requires_grad_(False)
     weights = _bits(model)

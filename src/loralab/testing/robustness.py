@@ -24,6 +24,8 @@ from loralab.testing.toy import (
     ToyModel,
     ToyTask,
     inputs,
+    kinds,
+    on_every_kind,
     slot_tensors,
     toy_adapter,
     toy_loss,
@@ -40,10 +42,6 @@ QUANTIZED = ("Linear", "Conv1D")
 
 def _recipe(name: Name) -> Recipe:
     return name if isinstance(name, Recipe) else build(name)
-
-
-def _kinds(name: Name) -> list[str]:
-    return sorted(_recipe(name).form.layers, reverse=True)
 
 
 def _move(adapter: Adapter) -> Adapter:
@@ -94,7 +92,7 @@ def _close(
 
 def check_bfloat16(name: Name) -> None:
     """On a bf16 base: finite, trains, and near what the same base gives in fp32."""
-    for kind in _kinds(name):
+    for kind in kinds(name):
         adapter = _move(toy_adapter(name, ToyModel(torch.bfloat16, kind), alpha=RANK))
         low = _result(adapter)
         adapter.model.float()  # the same numbers in a wider format
@@ -110,7 +108,7 @@ def check_bfloat16(name: Name) -> None:
 
 def check_autocast(name: Name) -> None:
     """Under autocast to bf16 the adapted model is near what it is without."""
-    for kind in _kinds(name):
+    for kind in kinds(name):
         adapter = _move(toy_adapter(name, ToyModel(kind=kind), alpha=RANK))
         wanted = _result(adapter)
         with torch.autocast("cpu", torch.bfloat16):
@@ -118,9 +116,10 @@ def check_autocast(name: Name) -> None:
         _close(found, wanted, f"autocast on {kind}", LOW_OUTPUT, LOW_GRADIENT)
 
 
-def check_gradient_checkpointing(name: Name) -> None:
+@on_every_kind
+def check_gradient_checkpointing(name: Name, kind: str) -> None:
     """Activations computed again in backward change no gradient, random draws included."""
-    adapter = _move(toy_adapter(name, ToyModel(), dropout=0.1))
+    adapter = _move(toy_adapter(name, ToyModel(kind=kind), dropout=0.1))
     model = adapter.model.train()
     again = _Checkpointed(model)
     for step in (None, 2):  # draws from torch's stream, and those of a trainer's step
@@ -151,9 +150,9 @@ def check_torch_compile(name: Name, backend: str = "aot_eager") -> None:
 
 def check_quantized_bases(name: Name) -> None:
     """On NF4 and int8 bases: the dequantised base's numbers; the codes never change."""
-    kinds = [k for k in QUANTIZED if k in _recipe(name).form.layers]
-    for kind in kinds:
-        for code in ("nf4", "int8") if kind == kinds[0] else ("nf4",):
+    own = [k for k in QUANTIZED if k in _recipe(name).form.layers]
+    for kind in own:
+        for code in ("nf4", "int8") if kind == own[0] else ("nf4",):
             _check_quantized(name, kind, code)
 
 

@@ -1,7 +1,7 @@
 """A model and a task small enough to run every property on every method."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from loralab.core.adapter import Adapter, adapt
 from loralab.core.change import rank_axes
 from loralab.core.evidence import measure
+from loralab.core.update import gives
+from loralab.methods import build
 from loralab.recipe import Recipe, Tensors
 from loralab.seeds import generator
 from loralab.study.trial import Trial
@@ -31,13 +33,18 @@ class ToyModel(nn.Module):
 
     Args:
         kind: what the adaptable layers are: "Linear", "Conv1D" (transformers', which stores W
-            transposed), "Conv2d" or "Embedding".
+            transposed), "Conv2d" or "Embedding"; or "Block" for Linear layers in a module of their
+            own, as feed-forward layers are.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, kind: str = "Linear") -> None:
         super().__init__()
         self.kind = kind
-        self.up, self.mid, self.down = _LAYERS[kind]()
+        layers = _LAYERS["Linear" if kind == "Block" else kind]()
+        if kind == "Block":
+            self.mlp = _Block(layers)
+        else:
+            self.up, self.mid, self.down = layers
         self.head = nn.Linear(N_IN, N_CLASSES)
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -56,7 +63,23 @@ class ToyModel(nn.Module):
             y = torch.tanh(self.up(x.unflatten(-1, (2, 4)).movedim(-2, 1)))
             y = self.down(torch.tanh(self.mid(y))).mean(-1).mT
             return self.head(x + y[:, : x.shape[1]])
-        return self.head(x + self.down(torch.tanh(self.mid(torch.tanh(self.up(x))))))
+        if self.kind == "Block":
+            return self.head(x + self.mlp(x))
+        return self.head(x + _chain(self, x))
+
+
+class _Block(nn.Module):
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _chain(self, x)
+
+
+def _chain(layers: nn.Module, x: Tensor) -> Tensor:
+    up, mid, down = (layers.get_submodule(name) for name in TARGETS)
+    return cast(Tensor, down(torch.tanh(mid(torch.tanh(up(x))))))
 
 
 def _conv1d() -> list[nn.Module]:
@@ -125,6 +148,23 @@ def toy_loss(model: nn.Module, batch: Batch) -> Tensor:
     return sums.sum() / counts.sum()
 
 
+def kinds(name: str | Recipe) -> list[str]:
+    """Return the kinds of toy model for the method: one for every kind of layer that it adapts."""
+    form = build(name).form
+    return sorted(form.layers, reverse=True) + ["Block"] * gives(form, "route")
+
+
+def on_every_kind(check: Callable[[Any, str], None]) -> Callable[[Any], None]:
+    """Return the check of a method on every kind of toy model that it adapts."""
+
+    def every(name: str | Recipe) -> None:
+        for kind in kinds(name):
+            check(name, kind)
+
+    every.__name__, every.__doc__ = check.__name__, check.__doc__
+    return every
+
+
 def toy_adapter(method: str | Recipe, model: nn.Module, rank: int = RANK, **more: Any) -> Adapter:
     """Adapt a toy model, with gradients at hand for the starts that need them."""
     batch = ToyTask().batch("train", range(16))
@@ -132,11 +172,11 @@ def toy_adapter(method: str | Recipe, model: nn.Module, rank: int = RANK, **more
     return adapt(model, method, rank=rank, data=[batch], loss=toy_loss, **more)
 
 
-def toy_evidence(names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def toy_evidence(names: Sequence[str], kind: str) -> dict[str, dict[str, Tensor]]:
     """Return every kind of evidence about the toy model's layers."""
     needs = frozenset({"gradient", "covariance", "gradient_covariance"})
     batch = ToyTask().batch("train", range(16))
-    return measure(ToyModel(), names, needs, [batch], toy_loss)
+    return measure(ToyModel(kind=kind), names, needs, [batch], toy_loss)
 
 
 def toy_trial(method: str | Recipe, steps: int = 20, **more: Any) -> Trial:
