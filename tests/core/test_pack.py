@@ -9,11 +9,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import loralab
+from loralab import adapt
+from loralab.core.evidence import measure
 from loralab.core.pack import Pack, SlotSpec
 from loralab.core.sites import LinearSite
 from loralab.errors import UserError
 from loralab.methods import build
 from loralab.seeds import generator
+from loralab.testing.toy import TARGETS, ToyModel, ToyTask, toy_loss
 
 
 def llama(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
@@ -179,6 +182,50 @@ def test_tied_twin_keeps_the_base_weight_when_the_head_is_merged():
     adapter.remove()
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_slots_of_one_seed_share_one_calibration_pass():
+    """Gradients and both covariances of all layers, whoever asks for which, ranks chosen or not."""
+    calls = []
+
+    def source(spec, names, needs):
+        calls.append(spec.seed)
+        batch = ToyTask().batch("train", range(8))
+        return measure(ToyModel(), names, needs, [batch], toy_loss)
+
+    methods = ("eva", "gora", "lora_ga", "corda", "lora_da", "lora")
+    slots = [
+        SlotSpec(build(name), rank=3, seed=seed, targets=TARGETS)
+        for seed in (0, 1)
+        for name in methods
+    ]
+    Pack(ToyModel(), slots, source)
+    assert sorted(calls) == [0, 1]
+
+
+def test_under_autocast_layers_that_read_parts_of_one_tensor_get_their_own():
+    """A cast is shared by layers that read the same x; halves and later values are others."""
+
+    class Parts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            first, second = x.chunk(2, 0)
+            y = [self.a(first), self.b(second), self.a(x[0]), self.a(x[1])]
+            x.mul_(-2)
+            return torch.cat([*(v.flatten() for v in y), self.a(x[1]).flatten()])
+
+    torch.manual_seed(0)
+    model, x = Parts(), torch.randn(4, 3, 8)
+    adapter = adapt(model, "lora", rank=2)
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x.clone())
+        wanted = adapter.merge()(x.clone())
+    assert (found - wanted).float().norm() < 0.02 * wanted.float().norm()
 
 
 def test_gradient_checkpointing_and_copies_work():

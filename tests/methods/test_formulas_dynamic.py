@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from loralab.core.change import rank_axes
 from loralab.errors import UserError
 from loralab.methods import build
 from loralab.methods.budgeting import _ranks as ranks
 from loralab.methods.budgeting._ablation import ablation
 from loralab.recipe import Evidence, Hyper, Site, SiteState
-from loralab.testing.toy import slot_tensors, toy_trial, train
+from loralab.testing.toy import RANK, ToyModel, ToyTask, slot_tensors, toy_trial, train
+from loralab.training.loop import _Run
 
 K = 2
 SIZES = ((8, 12), (9, 10), (12, 7))
@@ -694,6 +696,35 @@ def test_ranks_that_leave_free_memory_and_compute():
         widths = [bank.tensors()["A"].shape[-2] for _, bank in trained.pack.banks()]
         assert (widths == [4, 4, 4]) == (xi == 0)
     assert n_numbers[1] < 0.9 * n_numbers[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adalora", {}),
+        ("increlora", {}),
+        ("elalora", {}),
+        ("alora", {"rounds": 3, "n_moved": 2}),
+        ("salora", {}),
+        ("sora", {"xi": 0.03}),
+        ("dylora", {"keep": 2}),
+    ],
+)
+def test_tensors_and_moments_hold_the_ranks_in_use_and_no_others(name, settings):
+    """What a rank costs goes when it goes: parameters, gradients and the optimizer's memory."""
+    trial = toy_trial(name, steps=30, lr=1e-2, settings=settings)
+    run = _Run(ToyModel(), ToyTask(), [trial], None)
+    while run.step < run.n_steps:
+        run.advance()
+    (outcome,), axes = run.outcomes, rank_axes(build(name).form)
+    in_use = outcome.ranks[-1][1]
+    assert len(set(in_use.values())) > 1 or set(in_use.values()) != {RANK}, "no rank has moved"
+    for group in run.optimizer.groups:
+        for state in group.states:
+            n = in_use[state.site.name]
+            sizes = {state.t[t].shape[axis] for t, axis in axes.items()}
+            sizes |= {state.state[f"{m}.{t}"].shape[a] for t, a in axes.items() for m in "mv"}
+            assert sizes == {max(n, 1)}, f"{state.site.name} holds {sizes} for {n} ranks"
 
 
 @pytest.mark.parametrize(
