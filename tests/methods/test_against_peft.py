@@ -136,7 +136,7 @@ def test_same_tensors_same_output_and_gradients(case, shape):
         for p, grad in zip(leaves, grads2, strict=True):
             p.copy_(grad)
     for name, grad in zip(bank.trained, grads, strict=True):
-        torch.testing.assert_close(grad[0], read(layer)[name], rtol=1e-5, atol=1e-4, msg=name)
+        torch.testing.assert_close(grad[0], read(layer)[name], rtol=1e-5, atol=1e-5, msg=name)
     assert len(trained) == len(leaves)
     for p, value in zip(leaves, kept, strict=True):
         p.data.copy_(value)

@@ -534,7 +534,7 @@ def same_gradients(theirs, ours, key):
             # PEFT's full matrix R of BOFT enters by (R - R^T) / 2: half of theta's gradient.
             factor = 2 if (key, name) == ("boft", "theta") else 1
             wanted = factor * told[name].reshape(grad[0].shape)
-            torch.testing.assert_close(grad[0], wanted, rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(grad[0], wanted, rtol=1e-5, atol=1e-5, msg=name)
         for (_, p), value in zip(named, kept, strict=True):
             p.copy_(value)
 

@@ -469,13 +469,13 @@ def test_same_tensors_as_peft_same_output_gradients_and_merged_weight(case, shap
     # Known difference: PEFT's own backward of C3A takes another matrix than the transposed one.
     right = case != "c3a"
     dx = torch.linspace(-1, 1, y.numel()).view(y.shape) @ merged
-    torch.testing.assert_close(ours_grads[0], dx, rtol=1e-5, atol=1e-4)
-    assert torch.allclose(their_grads[0], dx, rtol=1e-5, atol=1e-4) == right
+    torch.testing.assert_close(ours_grads[0], dx, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(their_grads[0], dx, rtol=1e-5, atol=1e-5) == right
     with torch.no_grad():
         for p, grad in zip(leaves, their_grads[1:], strict=True):
             p.copy_(grad)
     for name, grad in zip(bank.trained, ours_grads[1:], strict=True):
-        torch.testing.assert_close(grad[0], read(layer)[name], rtol=1e-5, atol=1e-4, msg=name)
+        torch.testing.assert_close(grad[0], read(layer)[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_pinned_differences_of_starts():
