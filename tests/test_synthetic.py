@@ -84,6 +84,12 @@ class Oracle(nn.Module):
         return SimpleNamespace(logits=logits, past_key_values=at + 1)
 
 
+@pytest.mark.parametrize("split", ["n_train", "n_validation", "n_test"])
+def test_a_split_without_items_is_refused(split):
+    with pytest.raises(UserError, match=f"{split} of the synthetic task counts its items"):
+        SyntheticSpec(**{split: 0})
+
+
 @pytest.mark.parametrize("position", [0, 4])
 def test_scores_ask_for_every_token_and_are_slot_major(position):
     task = SyntheticTask(spec=SMALL)

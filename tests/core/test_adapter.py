@@ -1,6 +1,7 @@
 """What the conformance suite does not ask of one adapter: odd inputs, odd models, odd orders."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -187,9 +188,14 @@ def test_copies_are_independent():
         ({"rank": "8"}, "rank must be a whole number"),
         ({"rank_pattern": {"up": 0}}, "rank must be at least 1"),
         ({"rank_pattern": 5}, "rank_pattern maps names"),
-        ({"alpha": "x"}, "alpha must be a finite number"),
-        ({"alpha_pattern": {"up": float("nan")}}, "alpha must be a finite number"),
-        ({"alpha": -4.0, "init": "pissa"}, "positive alpha"),
+        ({"alpha": "x"}, "alpha must be a positive number"),
+        ({"alpha": 0}, "alpha must be a positive number"),
+        ({"alpha_pattern": {"up": float("nan")}}, "alpha must be a positive number"),
+        ({"alpha": -4.0, "init": "pissa"}, "alpha must be a positive number"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"init": "pissa", "start": "olora"}, "init and start are two words for one piece"),
+        ({"lora_alpha": 16}, "PEFT's lora_alpha is called alpha here"),
         ({"dropout": "much"}, "dropout must lie in"),
         ({"targets": None}, "targets are names of layers"),
         ({"targets": [1]}, "targets are names of layers"),
@@ -202,6 +208,29 @@ def test_copies_are_independent():
 def test_values_of_the_wrong_kind_are_told_in_one_sentence(settings, said):
     with pytest.raises(UserError, match=said):
         loralab.adapt(Net(), "lora", **{"rank": 2} | settings)
+
+
+def test_nothing_is_trained_while_merged():
+    adapter = loralab.adapt(Net(), "lora", rank=2)
+    optimizer = adapter.optimizer(1e-2)
+    adapter.merge()
+    with pytest.raises(UserError, match="merged or removed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["hra", "adalora", "lora_moe"])
+def test_a_loss_of_the_method_s_own_that_nobody_adds_is_warned_of_once(method):
+    for asked in (False, True):
+        settings = {"lam": 1.0} if method == "hra" else {}
+        adapter = loralab.adapt(Net(), method, rank=2, **settings)
+        optimizer = adapter.optimizer(1e-2, n_steps=3)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                loss = adapter.model(X).square().mean()
+                (loss + adapter.penalty() if asked else loss).backward()
+                optimizer.step()
+        assert [str(w.message)[:27] for w in seen] == ["the method has a loss of it"] * (not asked)
 
 
 def test_only_modules_are_adapted_and_only_by_name():

@@ -17,6 +17,23 @@ from loralab.interop.peft_lora import low_rank
 from loralab.methods import all_methods
 from tests.interop.models import gpt2, llama, logits, trained
 
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("method", ["oft", "road"])
+def test_a_turned_base_becomes_lora_from_its_folder_too(method, tmp_path, monkeypatch):
+    adapter = trained(method)
+    monkeypatch.setattr("loralab.models.load_model", lambda ref: (llama(), None))
+    with pytest.warns(UserWarning, match="relative error"):
+        wanted = load_file(adapter.export(tmp_path / "a", "lora", rank=3) / ADAPTER)
+    folder = adapter.save(tmp_path / "own")
+    with pytest.warns(UserWarning, match="relative error"):
+        export_folder(folder, "lora", tmp_path / "b", "base", rank=3)
+    found = load_file(tmp_path / "b" / ADAPTER)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
+
 
 @pytest.mark.parametrize("method", list(all_methods()))
 def test_plain_lora_is_exact_or_refused(method, tmp_path):

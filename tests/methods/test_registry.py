@@ -1,6 +1,8 @@
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,9 +214,45 @@ def test_register_reads_the_docstring_and_refuses_a_taken_name(own_registry):
 
 
 @pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"name": "My Method!"}, "letters, digits and underscores"),
+        ({"axis": "expnsion"}, "unknown axis 'expnsion' of method 'own'; did you mean expansion"),
+        ({"form": Form}, "the form of method 'own' is no Form"),
+        ({"start": "pissa"}, "the start of method 'own' is no Start, but 'pissa'"),
+        ({"aliases": "pq"}, "aliases of method 'own' are a list"),
+    ],
+)
+def test_register_checks_what_it_is_given(own_registry, args, words):
+    given = {"name": "own", "axis": "sharing", "doc": PAGE, "form": Form()} | args
+    with pytest.raises(UserError, match=words):
+        register(**given)
+
+
+def test_a_name_taken_before_the_catalogue_is_read_is_told_every_time():
+    code = """
+from loralab.errors import UserError
+from loralab.methods import all_methods, register
+from loralab.recipe import Form
+register("dora", "sharing", None, Form())
+for _ in range(2):
+    try:
+        all_methods()
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        done.stdout.splitlines()
+        == ["method name 'dora' is taken by 'dora'; choose another name"] * 2
+    ), done.stderr
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         (":summary: Does nothing,", "", "one line `:summary: ...`"),
+        (":verified: nothing", ":verified: ", "one line `:verified: ...`"),
         (":title: A", ":title: A\n:title: A", "one line `:title: ...`"),
         (":verified: nothing", ":verified: nothing\n:trop: x", "unknown field 'trop'"),
         (", 2026: eq. 1", " (2026), eq. 1", "'arXiv NUMBER, YEAR: formula'"),

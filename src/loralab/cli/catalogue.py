@@ -67,6 +67,8 @@ class Methods(Command):
             ],
         )
         count = "1 method" if len(rows) == 1 else f"{len(rows)} methods"
+        if len(rows) > 1 and any("baseline" in row["axes"] for row in rows):
+            count += " (full fine-tuning among them, to compare with)"
         return Answer(
             rows,
             f"{text}\n\n{count}; params and memory in multiples of LoRA's. "

@@ -181,10 +181,12 @@ class Train(Command):
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Return (name, value) of NAME=VALUE, the value as JSON if it is that, else as text."""
+    """Return (name, value) of NAME=VALUE: None, JSON if it is that, else text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise UserError(f"--set takes NAME=VALUE, not {text!r}")
+    if value == "None":  # as `loralab show` prints it
+        return name, None
     try:
         return name, json.loads(value)
     except ValueError:

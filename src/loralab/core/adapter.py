@@ -296,19 +296,22 @@ class Adapter:
 
         return save_adapter(self, Path(path))
 
-    def export(self, path: str | os.PathLike[str], to: str = "peft") -> Path:
+    def export(
+        self, path: str | os.PathLike[str], to: str = "peft", rank: int | None = None
+    ) -> Path:
         """Write the adapter for other programs.
 
         Args:
             to: "peft" (as `save`, refusing what PEFT cannot express), "lora" (a plain LoRA file)
                 or "merged" (the whole model with the update inside).
+            rank: for "lora": compress every update to this rank by SVD; a warning tells the error.
 
         Raises:
             UserError: the method has no such form, or the folder cannot be written.
         """
         from loralab.core.files import export_adapter
 
-        return export_adapter(self, Path(path), to)
+        return export_adapter(self, Path(path), to, rank)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:

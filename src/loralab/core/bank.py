@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loralab.core.again import RunAgain, again
 from loralab.core.dense import MadeLinear, Make
-from loralab.core.fused import AddLowRank, FusedLowRank
+from loralab.core.fused import AddHidden, AddLowRank, FusedLowRank
 from loralab.core.layers import Weight, product, read, wide
 from loralab.core.scaling import ScaleRows
 from loralab.core.update import PAST as PAST
@@ -93,8 +93,7 @@ class Bank(Update):
                 return torch.baddbmm(y, picked(A, x) * self.input_scale, B.mT)
             if A.requires_grad:
                 return AddLowRank.apply(x, y, A, B)
-            # autograd keeps h = x A^T here and not x
-            return torch.baddbmm(y, torch.bmm(A, x.mT).mT, B.mT)
+            return AddHidden.apply(torch.bmm(A, x.mT), y, B)
         if self.replaces:
             y = self._made(x, weight, bias, lo, hi)
         elif self.frames:

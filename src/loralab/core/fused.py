@@ -77,6 +77,25 @@ class AddLowRank(torch.autograd.Function):
         return dx, dy if ctx.needs_input_grad[1] else None, dA, dB
 
 
+class AddHidden(torch.autograd.Function):
+    """y + h^T B^T for h = A x^T [K, r, n], made outside where A is frozen: x is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, y: Tensor, B: Tensor) -> Tensor:
+        """Return a new tensor [K, n, out]; y is not written."""
+        ctx.save_for_backward(h, B)
+        return torch.baddbmm(y, h.mT, B.mT)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of h, y and B."""
+        h, B = ctx.saved_tensors
+        needs_h, needs_y, needs_B = ctx.needs_input_grad
+        dh = torch.bmm(B.mT, dy.mT) if needs_h else None
+        dB = torch.bmm(h, dy).mT.contiguous() if needs_B else None
+        return dh, dy if needs_y else None, dB
+
+
 def _factor_gradients(
     x: Tensor, A: Tensor, B: Tensor, h: Tensor, dz: Tensor, need_A: bool, need_B: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

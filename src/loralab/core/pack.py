@@ -80,6 +80,7 @@ class Pack(nn.Module):
         ]
         self._mask_hook: Any = None
         self._mask: Tensor | None = None
+        self.asked_penalty = False  # whether somebody has taken the Forms' own losses
         self._share_out()
         self.attached = False
         self.attach()
@@ -165,6 +166,7 @@ class Pack(nn.Module):
         Losses on a layer's inputs are those of the last forward pass in training; a second call
         does not see them again.
         """
+        self.asked_penalty = True
         found = [(lo, bank.penalty()) for lo, bank in self.banks()]
         found += [(lo, value) for (_, lo), value in self.layout.aux.items()]
         self.layout.aux.clear()
@@ -174,6 +176,11 @@ class Pack(nn.Module):
             if value is not None
         ]
         return torch.stack(parts).sum(0) if parts else None
+
+    @property
+    def has_penalty(self) -> bool:
+        """Return whether a Form has a loss of its own."""
+        return any(b.has_aux_loss or b.penalty() is not None for _, b in self.banks())
 
     def attach(self) -> None:
         """Make the model run through the pack; freeze its own parameters."""

@@ -57,8 +57,10 @@ class SlotSpec:
             if rank < 1:
                 raise UserError(f"rank must be at least 1, not {rank}")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
-                raise UserError(f"alpha must be a finite number, not {alpha!r}")
+            if alpha is not None and not (_is_number(alpha) and 0 < alpha < math.inf):
+                raise UserError(f"alpha must be a positive number, not {alpha!r}")
+        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
+            raise UserError(f"seed must be a whole number, not {self.seed!r}")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise UserError(f"dropout must lie in [0, 1), not {self.dropout!r}")
         for what in ("targets", "modules_to_train"):

@@ -76,7 +76,8 @@ def export_folder(
         UserError: as `export`, or the base is needed and unknown.
     """
     portable = decode(read_folder(path))
-    needs_base = to == "merged" or portable.needs_base
+    framed = gives(portable.spec.recipe.form, "inner", "outer")  # W' - W is not in the file
+    needs_base = to == "merged" or portable.needs_base or (to == "lora" and framed)
     if not needs_base and to in TARGETS:
         return _write(portable, out, to, rank)
     from loralab.models import load_model

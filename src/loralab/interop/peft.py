@@ -85,7 +85,7 @@ def encode_for_others(portable: Portable, view: View | None = None) -> Folder:
         if type_ is None:
             raise UserError(
                 f"PEFT has no type for {portable.method or 'this recipe'} here; save it in our own "
-                "format, or export it to lora or merged"
+                "format, or see whether it can be exported to lora or merged"
             )
     return _folder(portable, view)
 

@@ -11,6 +11,14 @@ from loralab.recipe import Form, Recipe, Rule, Schedule, Start
 
 KINDS: dict[str, type] = {"form": Form, "start": Start, "rule": Rule, "schedule": Schedule}
 _ALIASES = {"init": "start"}
+PEFT_WORDS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "modules_to_save": "modules_to_train",
+    "init_lora_weights": "init",
+}
 
 
 def build(name: str | Recipe, **swaps_and_settings: Any) -> Recipe:
@@ -32,6 +40,8 @@ def build(name: str | Recipe, **swaps_and_settings: Any) -> Recipe:
     for word, value in swaps_and_settings.items():
         kind = _ALIASES.get(word, word)
         if kind in KINDS:
+            if kind != word and kind in swaps_and_settings:
+                raise UserError(f"{word} and {kind} are two words for one piece; give one of them")
             pieces[kind] = _piece(kind, value)
         else:
             settings[word] = value
@@ -87,6 +97,8 @@ def _owner(name: str, pieces: dict[str, Any], word: str) -> tuple[str, Any]:
         known = sorted({f for _, f in fields})
         words = [*known, *KINDS, *_ALIASES]
         hint = near_misses(word, words) or f"; it has {', '.join(known) or 'none'}"
+        if word in PEFT_WORDS:
+            hint = f"; PEFT's {word} is called {PEFT_WORDS[word]} here"
         raise UserError(f"method {name!r} has no hyper-parameter {word!r}{hint}")
     return found[0][0], fields[found[0]]
 

@@ -28,7 +28,7 @@ def fields(name: str, doc: str | None) -> dict[str, list[str]]:
     for field, text in FIELD.findall(doc):
         found[field].append(" ".join(text.split()))
     for field in ONCE:
-        if len(found[field]) != 1:
+        if len(found[field]) != 1 or not found[field][0]:
             raise UserError(f"the docstring of method {name!r} needs one line `:{field}: ...`")
     if unknown := found.keys() - {*ONCE, "trap"}:
         raise UserError(f"the docstring of method {name!r} has an unknown field {min(unknown)!r}")

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -24,6 +25,8 @@ ENTRY_POINTS = "loralab.methods"
 AXES = (
     "expansion", "sharing", "budgeting", "optimization", "initialization", "experts", "baseline"
 )  # fmt: skip
+
+KINDS = (Form, Start, Rule, Schedule)
 
 _METHODS: dict[str, Method] = {}
 _NAMES: dict[str, str] = {}  # every name and alias, to the method's name
@@ -55,20 +58,26 @@ def register(
         aliases: other names under which the method is found.
 
     Raises:
-        UserError: there is no such axis, another method already has this name or one of these
-            aliases, or the docstring lacks a field.
+        UserError: a name, an axis or a piece that is none, a name or an alias that another method
+            has, or a docstring that lacks a field.
     """
     if axis not in AXES:
         hint = near_misses(axis, AXES) or f"; one of {', '.join(AXES)}"
         raise UserError(f"unknown axis {axis!r} of method {name!r}{hint}")
+    if not re.fullmatch(r"[a-z]\w*", key(name), re.ASCII):
+        raise UserError(f"a method's name has letters, digits and underscores, unlike {name!r}")
+    if isinstance(aliases, str):
+        raise UserError(f"aliases of method {name!r} are a list of names, unlike {aliases!r}")
+    recipe = Recipe(form, start or OwnStart(), rule or plain_rule(), schedule or NoSchedule())
+    for (kind, piece), cls in zip(recipe.pieces.items(), KINDS, strict=True):
+        if not isinstance(piece, cls):
+            raise UserError(f"the {kind} of method {name!r} is no {cls.__name__}, but {piece!r}")
     found = _docstring.fields(name, doc)
     return add(
         Method(
             name=name,
             axis=axis,
-            recipe=Recipe(
-                form, start or OwnStart(), rule or plain_rule(), schedule or NoSchedule()
-            ),
+            recipe=recipe,
             paper=_docstring.paper(name, found),
             summary=found["summary"][0],
             equation=found["equation"][0],
@@ -123,8 +132,12 @@ def _walk() -> None:
         return
     _walked = True
     package = importlib.import_module(__package__)
-    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
-        importlib.import_module(module.name)
+    try:
+        for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
+            importlib.import_module(module.name)
+    except UserError:  # somebody had taken a name of ours before
+        _walked = False
+        raise
     for point in entry_points(group=ENTRY_POINTS):
         try:
             found = point.load()

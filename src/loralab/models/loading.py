@@ -139,9 +139,17 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raise UserError unless torch knows such a device."""
+    if str(device).partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "meta"):
+        raise UserError(f"there is no device {str(device)!r}; say cpu, cuda or cuda:0")
+
+
 def _placed(
     model: nn.Module, dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> nn.Module:
+    if device is not None:
+        check_device(device)
     try:
         return model.to(device=device, dtype=as_dtype(dtype))
     except (RuntimeError, AssertionError) as error:

@@ -43,6 +43,12 @@ class SyntheticSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for split in ("n_train", "n_validation", "n_test"):
+            if getattr(self, split) < 1:
+                raise UserError(
+                    f"{split} of the synthetic task counts its items from 1 on, so it is not "
+                    f"{getattr(self, split)}"
+                )
         total = self.n_train + self.n_validation + self.n_test
         if not 1 <= len(self.compositions) <= len(TAGS):
             raise UserError(f"the synthetic task needs 1 to {len(TAGS)} compositions")

@@ -1,5 +1,6 @@
 """A pack's rules as a torch Optimizer, for any training loop."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -55,10 +56,18 @@ class AdapterOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Apply one step of the method's Rule and Schedule."""
-        loss = None
+        loss, pack = None, self._inner.pack
+        if not pack.attached:
+            raise UserError("the adapter is merged or removed, so nothing of it can be trained")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._step == 0 and pack.has_penalty and not pack.asked_penalty:
+            warnings.warn(
+                "the method has a loss of its own, which adapter.penalty() returns after each "
+                "forward pass; add it to the training loss, or it plays no part",
+                stacklevel=3,  # past torch.no_grad
+            )
         self._inner.read()
         self._look_at_held_out()
         group = self.param_groups[0]
