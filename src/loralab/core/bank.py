@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loralab.core.again import RunAgain, again
 from loralab.core.dense import MadeLinear, Make
-from loralab.core.fused import AddHidden, AddLowRank, FusedLowRank
+from loralab.core.fused import AddHidden, AddLowRank, FusedHidden, FusedLowRank
 from loralab.core.layers import Weight, product, read, wide
 from loralab.core.scaling import ScaleRows
 from loralab.core.update import PAST as PAST
@@ -56,11 +56,13 @@ class Bank(Update):
         if not self.fusible():
             return self._run(x, None, weight, bias, 0, self.size)
         B, A = self.factors()
-        if torch.is_grad_enabled() and not A.requires_grad:  # then x need not be kept
-            base = product(x, weight, bias)
-            return self._run(x, base, weight, bias, 0, self.size)
-        g = self.gain(weight) if self.gains else None
         x3 = x.view(self.size, len(x) // self.size, x.shape[-1])
+        if torch.is_grad_enabled() and not A.requires_grad:  # then x need not be kept
+            if self.gains:
+                return self._run(x, product(x, weight, bias), weight, bias, 0, self.size)
+            h = torch.bmm(A.to(x.dtype), x3.mT)
+            return FusedHidden.apply(x3, weight, bias, h, B.to(x.dtype)).flatten(0, 1)
+        g = self.gain(weight) if self.gains else None
         y = FusedLowRank.apply(x3, weight, bias, A.to(x.dtype), B.to(x.dtype), g)
         return y.flatten(0, 1)
 

@@ -96,6 +96,29 @@ class AddHidden(torch.autograd.Function):
         return dh, dy if needs_y else None, dB
 
 
+class FusedHidden(torch.autograd.Function):
+    """x W^T + b + h^T B^T with W frozen and h as in AddHidden: neither x nor the base is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor
+    ) -> Tensor:
+        """Return y [K, n, out]."""
+        ctx.save_for_backward(weight, h, B)
+        y = F.linear(x.flatten(0, 1), weight, bias)
+        return y.view(*x.shape[:2], y.shape[-1]).baddbmm_(h.mT, B.mT)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x (through the base alone), h and B."""
+        weight, h, B = ctx.saved_tensors
+        needs_x, _, _, needs_h, needs_B = ctx.needs_input_grad
+        dx = torch.mm(dy.flatten(0, 1), weight).view(*dy.shape[:2], -1) if needs_x else None
+        dh = torch.bmm(B.mT, dy.mT) if needs_h else None
+        dB = torch.bmm(h, dy).mT.contiguous() if needs_B else None
+        return dx, None, None, dh, dB
+
+
 def _factor_gradients(
     x: Tensor, A: Tensor, B: Tensor, h: Tensor, dz: Tensor, need_A: bool, need_B: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
