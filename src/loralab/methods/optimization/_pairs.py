@@ -98,9 +98,12 @@ def descended(U: Tensor, update: Tensor, hyper: Hyper) -> Tensor:
 def polar(V: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return U [*, p, r] and R⁺ [*, r, r] of V = U R with R = (VᵀV)^½, in fp64.
 
-    Directions that V lacks are 0 in both, as with a pseudo-inverse.
+    Directions that V lacks, or has to less than the share eps or rounding, are 0 in both, as with
+    a pseudo-inverse.
     """
-    V = V.double()
+    # What steps leave of rounding in a direction without gradient is no direction of V: its inverse
+    # would be a huge step.
+    eps, V = max(eps, 1000 * torch.finfo(V.dtype).eps), V.double()
     squares, Q = eigen(V.mT @ V)
     present = squares > (eps**2 * squares[..., -1:]).clamp_min(torch.finfo(squares.dtype).tiny)
     inverse = torch.where(present, squares.clamp_min(0).rsqrt(), 0.0)
