@@ -76,6 +76,14 @@ def by_loops(t, x, r=2):
     return y
 
 
+def llama_like():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).train()
+
+
 def spec(method="mixlora", **more):
     settings = MIX if method == "mixlora" else {}
     return SlotSpec(build(method, **settings), rank=2, **more)
@@ -120,6 +128,25 @@ def test_neighbours_of_other_methods_run_the_block_once(rows):
     with pack.rows(rows[1:]):
         kept = pack.model(torch.cat(parts[1:]))
     torch.testing.assert_close(kept, torch.cat([second, third]), rtol=1e-12, atol=1e-12)
+
+
+def test_the_users_mask_holds_inside_given_and_the_models_own_outside():
+    """Whatever was run before, and whichever names the user gives."""
+    model = llama_like()
+    adapter = adapt(model, "mixlora", rank=2, **MIX)
+    ids, own = torch.randint(0, 20, (2, 5)), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    other = torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
+
+    def loss(mask, **given):
+        with adapter.given(**given):
+            model(input_ids=ids, attention_mask=mask)
+        return adapter.penalty().item()
+
+    wanted = loss(own), loss(other)
+    assert wanted[0] != wanted[1]
+    given = loss(own, valid=other)
+    assert loss(own, valid=other) == given != wanted[0]
+    assert (loss(own), loss(other), loss(own)) == (*wanted, wanted[0])
 
 
 def test_slots_of_one_pack_may_adapt_different_layers_of_a_block():

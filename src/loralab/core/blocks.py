@@ -69,7 +69,7 @@ class RoutedBlock(nn.Module):
         before = self.layout.given
         self.layout.given = {
             name: _repeated(value, rows, times) if len(value) == len(x) else value
-            for name, value in before.items()
+            for name, value in self.layout.handed().items()
         } | {EXPERT: self._experts(x, rows, visits)}
         try:
             with self.layout.using(inside):

@@ -89,10 +89,9 @@ class AddHidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of h, y and B."""
-        h, B = ctx.saved_tensors
         needs_h, needs_y, needs_B = ctx.needs_input_grad
-        dh = torch.bmm(B.mT, dy.mT) if needs_h else None
-        dB = torch.bmm(h, dy).mT.contiguous() if needs_B else None
+        h, B = ctx.saved_tensors
+        dh, dB = _hidden_gradients(h, B, dy, needs_h, needs_B)
         return dh, dy if needs_y else None, dB
 
 
@@ -114,9 +113,7 @@ class FusedHidden(torch.autograd.Function):
         weight, h, B = ctx.saved_tensors
         needs_x, _, _, needs_h, needs_B = ctx.needs_input_grad
         dx = torch.mm(dy.flatten(0, 1), weight).view(*dy.shape[:2], -1) if needs_x else None
-        dh = torch.bmm(B.mT, dy.mT) if needs_h else None
-        dB = torch.bmm(h, dy).mT.contiguous() if needs_B else None
-        return dx, None, None, dh, dB
+        return dx, None, None, *_hidden_gradients(h, B, dy, needs_h, needs_B)
 
 
 def _factor_gradients(
@@ -125,7 +122,14 @@ def _factor_gradients(
     """Return (dh [K, r, n], dA, dB) of z = (x A^T) B^T."""
     if torch.is_grad_enabled():  # a second pass goes through h, which is saved as a constant
         h = torch.bmm(A, x.mT)
-    dh = torch.bmm(B.mT, dz.mT)
-    dA = torch.bmm(dh, x) if need_A else None
-    dB = torch.bmm(h, dz).mT.contiguous() if need_B else None
-    return dh, dA, dB
+    dh, dB = _hidden_gradients(h, B, dz, True, need_B)
+    assert dh is not None
+    return dh, torch.bmm(dh, x) if need_A else None, dB
+
+
+def _hidden_gradients(
+    h: Tensor, B: Tensor, dz: Tensor, need_h: bool, need_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (dh [K, r, n], dB [K, out, r]) of z = h^T B^T."""
+    dh = torch.bmm(B.mT, dz.mT) if need_h else None
+    return dh, torch.bmm(h, dz).mT.contiguous() if need_B else None

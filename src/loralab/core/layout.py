@@ -23,6 +23,7 @@ class Layout:
             activation checkpointing knows how to replay.
         disabled: run the bare base.
         given: what the user hands over for the rows of the present batch, by name.
+        valid: the present batch's padding mask, where a Form reads it and the model got one.
         aux: the Forms' losses on their inputs in the last forward pass, by (site, first slot).
     """
 
@@ -32,6 +33,7 @@ class Layout:
         self.step: int | None = None
         self.disabled = False
         self.given: dict[str, Tensor] = {}
+        self.valid: Tensor | None = None
         self.aux: dict[tuple[str, int], Tensor] = {}
         self._last_cast: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
 
@@ -43,6 +45,10 @@ class Layout:
     def size(self) -> int:
         """Return the number of slots."""
         return len(self.seeds)
+
+    def handed(self) -> dict[str, Tensor]:
+        """Return what Forms may read of the batch; what the user gives comes before the mask."""
+        return ({} if self.valid is None else {"valid": self.valid}) | self.given
 
     def rows_of(self, n: int) -> list[int]:
         """Return the rows per slot of a tensor whose first axis has length n.

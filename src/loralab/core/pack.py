@@ -79,7 +79,6 @@ class Pack(nn.Module):
             if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)
         ]
         self._mask_hook: Any = None
-        self._mask: Tensor | None = None
         self.asked_penalty = False  # whether somebody has taken the Forms' own losses
         self._share_out()
         self.attached = False
@@ -219,11 +218,9 @@ class Pack(nn.Module):
     def _see_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Keep the padding mask of the present batch for the Forms that read it."""
         mask = kwargs.get("attention_mask")
-        if self.layout.given.get("valid") is self._mask:  # what the user gave stays
-            self.layout.given.pop("valid", None)
+        self.layout.valid = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._mask = mask.to(next(self.model.parameters()).dtype)
-            self.layout.given.setdefault("valid", self._mask)
+            self.layout.valid = mask.to(next(self.model.parameters()).dtype)
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all slots but these (increasing); the others leave the pack for good."""

@@ -145,7 +145,7 @@ class LinearSite(nn.Module):
         tokens = sum(counts) // max(x.shape[0], 1)
         given = {
             name: list(_by_slot(value, counts, tokens, form)[lo : lo + bank.size])
-            for name, value in layout.given.items()
+            for name, value in layout.handed().items()
             # A layer that is a block by itself may stand inside another slot's block.
             if name in form.reads and (name != EXPERT or bank.site.block)
         }

@@ -5,10 +5,14 @@ from typing import ClassVar
 from loralab.recipe import LAYERS, Form
 
 
-class Unscaled(Form):
-    """Base of Forms with s = 1 on layers that take vectors."""
-
-    layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
+class NoAlpha(Form):
+    """A Form whose paper has no alpha: s = 1."""
 
     def scale(self, alpha: float, rank: int) -> float:
         return 1.0
+
+
+class Unscaled(NoAlpha):
+    """Base of Forms with s = 1 on layers that take vectors."""
+
+    layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}

@@ -21,11 +21,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.optimization._unscaled import Unscaled
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class IA3(Form):
+class IA3(Unscaled):
     """A learned factor per output, or per input of a feed-forward layer; the rank has no say.
 
     Args:
@@ -33,13 +34,9 @@ class IA3(Form):
             layer of the feed-forward block in the model families that PEFT lists.
     """
 
-    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
     any_rank: ClassVar[bool] = True
 
     feedforward: str = "down_proj, fc2, wo, w2, fc_out, dense_4h_to_h, mlp.c_proj, output.dense"
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
 
     def scales_input(self, site: Site) -> bool:
         """Return whether l belongs to the site's input."""

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.optimization._unscaled import Unscaled
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class MiSS(Form):
+class MiSS(Unscaled):
     """One small matrix, repeated; the rank is its small side (64 in the paper).
 
     Args:
@@ -37,12 +38,8 @@ class MiSS(Form):
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"D"})
-    layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D", "Conv2d"})
 
     shards: Literal["inputs", "outputs"] = "inputs"
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return D = 0."""

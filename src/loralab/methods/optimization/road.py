@@ -23,11 +23,12 @@ from loralab.bounds import Bound
 from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.recipe import Evidence, Form, Site, Tensors
+from loralab.methods.optimization._unscaled import NoAlpha
+from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class RoAd(Form):
+class RoAd(NoAlpha):
     """Scaled rotations of pairs of outputs; the rank has no say, `variant` sets the size.
 
     Args:
@@ -40,9 +41,6 @@ class RoAd(Form):
 
     variant: Literal[1, 2, 4] = 1
     group: Annotated[int, Bound("an even number", lambda v: v > 0 and v % 2 == 0)] = 2
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return alpha = 1 and theta = 0: [out / 2], [out], or cosine's and sine's [2, out]."""

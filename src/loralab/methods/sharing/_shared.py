@@ -15,13 +15,6 @@ def cut(t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
     return t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
 
 
-class NoAlpha(Form):
-    """A Form whose paper has no alpha: s = 1."""
-
-    def scale(self, alpha: float, rank: int) -> float:
-        return 1.0
-
-
 class StartsOff(Form):
     """A Form whose own start is not the base."""
 

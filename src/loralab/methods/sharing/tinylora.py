@@ -24,8 +24,8 @@ from torch import Tensor
 from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal
+from loralab.methods.optimization._unscaled import NoAlpha
 from loralab.methods.sharing._bases import SVDBases, random_bases
-from loralab.methods.sharing._shared import NoAlpha
 from loralab.recipe import Evidence, Site, Tensors
 
 

@@ -24,7 +24,8 @@ from loralab.bounds import Count, Positive
 from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal, uniform
-from loralab.methods.sharing._shared import AnchoredStart, BankRates, NoAlpha, StartsOff
+from loralab.methods.optimization._unscaled import NoAlpha
+from loralab.methods.sharing._shared import AnchoredStart, BankRates, StartsOff
 from loralab.recipe import Evidence, Site, Tensors
 
 
