@@ -87,13 +87,17 @@ class Form(Piece):
     # be kept for backward at a width like x's; backward runs them again instead.
     recomputed: ClassVar[frozenset[str]] = frozenset()
     any_rank: ClassVar[bool] = False  # the rank may exceed the layer's smaller side
-    departs: ClassVar[bool] = False  # step 0 only approximates the base, on purpose
     layers: ClassVar[frozenset[str]] = LAYERS  # kinds of layer that the formula makes sense on
 
     @property
     def rank_multiple(self) -> int:
         """Return what divides every rank that the Form can have; a Start's choices follow it."""
         return 1
+
+    @property
+    def departs(self) -> bool:
+        """Return whether its own step 0 is not the base, on purpose."""
+        return False
 
     def default_alpha(self, rank: int) -> float:
         """Return alpha when the user gives none; alpha = r (s = 1) as in arXiv 2602.04998."""
@@ -304,7 +308,9 @@ class Recipe:
     @property
     def departs(self) -> bool:
         """Return whether step 0 is near the base and not the base itself, on purpose."""
-        return self.form.departs or (self.start.departs and not self.start.anchored)
+        if self.start.anchored and type(self.form).base is Form.base:
+            return False
+        return self.form.departs or self.start.departs
 
     @property
     def pieces(self) -> dict[str, Any]:

@@ -432,7 +432,7 @@ def test_sorsa_regulariser_is_zero_at_the_start_and_only_there(squared):
     e = evidence()
     recipe, t = start("sorsa", e, gamma=0.7, squared=squared)
     zero = recipe.form.penalty({n: torch.tensor(x) for n, x in t.items()}, SITE)
-    assert abs(float(zero)) < 1e-12
+    assert abs(float(zero)) < (1e-12 if squared else 1e-7)
     at = {n: torch.tensor(rng(4).normal(size=(2, *x.shape))) for n, x in t.items()}
     found = recipe.form.penalty(at, SITE)
     for k in range(2):
@@ -449,7 +449,7 @@ def test_sorsa_regulariser_is_zero_at_the_start_and_only_there(squared):
 
 def test_sorsa_weighs_the_mean_over_the_matrices_of_the_authors_run():
     """Their 224 layers, each with its own norms here, add up to their one mean of 448 norms."""
-    form = build("sorsa", squared=False).form
+    form = build("sorsa").form
     total, norms = 0.0, []
     for i in range(224):
         U, Vh = rng(i).normal(size=(M, R)), rng(1000 + i).normal(size=(R, N))

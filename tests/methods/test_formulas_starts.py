@@ -57,7 +57,7 @@ def test_lora_and_init_ab_draw_within_their_bounds():
         A, B = start("init_ab", e, big, gamma=gamma)
         for x in (A, B):
             assert 0.99 < np.abs(x).max() * math.sqrt(400) / gamma <= 1 + 1e-6
-    assert build("init_ab").start.anchored and not build("init_ab", anchored=False).start.anchored
+    assert build("init_ab").departs and not build("init_ab", anchored=True).departs
 
 
 def test_draws_depend_on_seed_and_site_and_not_on_dtype():
@@ -238,6 +238,9 @@ def test_adamw_and_lora_plus_equal_torch(rule, ratio, decay):
 def test_lora_fa_freezes_a_alone():
     rule = build("lora_fa").rule
     assert not rule.trains("A") and rule.trains("B") and rule.trains("m")
+    build("multilora", rule="lora_fa")
+    with pytest.raises(UserError, match="the form has no pair"):
+        build("multilora", rule="lora_fa", project=True)
 
 
 def naive_loft(A, B, G, lr, decay, steps, eps=1e-4, b1=0.9, b2=0.999):

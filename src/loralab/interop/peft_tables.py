@@ -269,9 +269,6 @@ class VBLoRA(Table):
         form: Any = portable.spec.recipe.form
         return all(s and not any(side % form.length for side in s) for s in portable.sizes.values())
 
-    def options(self, config: dict[str, Any], sites: Sites) -> dict[str, Any]:
-        return {"anchored": False}
-
 
 TABLES = (
     LoHa(),

@@ -122,7 +122,8 @@ def _targets(model: nn.Module, portable: Portable) -> str | tuple[str, ...]:
 def _is_foreign(model: nn.Module, portable: Portable) -> bool:
     """Return whether the spec's own targets select other layers here than the file has."""
     chosen = _select(model, portable.spec.targets)
-    return chosen is None or chosen - set(portable.whole) != set(portable.sites)
+    left_out = {name for name, rank in portable.spec.site_ranks.items() if not rank}
+    return chosen is None or chosen - set(portable.whole) - left_out != set(portable.sites)
 
 
 def _select(model: nn.Module, targets: str | tuple[str, ...]) -> set[str] | None:

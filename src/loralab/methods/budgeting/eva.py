@@ -8,7 +8,8 @@ which is what the paper's incremental SVD converges to.
 :equation: A0 = V[:, :r]^T of X = U S V^T, B0 = 0; the sum of ranks is kept
 :trap: The ranks keep their sum, not the parameter count: wide layers may grow.
 :trap: A layer that explains little gets rank 0 and is left out.
-:trap: PEFT (the authors' code) centres the inputs; the paper's SVD is of the inputs as they are.
+:trap: PEFT (the authors' code) centres the inputs and compares layers by σ²/Σσ²; the paper's SVD is
+    of the inputs as they are, and its ratio divides by Σσ, so that large inputs win ranks.
 :trap: Layers with the same input have the same directions; ties go to the earlier layer.
 :title: Parameter Efficient Fine-tuning via Explained Variance Adaptation
 :authors: Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, Marc Peter
@@ -33,7 +34,7 @@ from loralab.recipe import Evidence, Look, Site, Start, Tensors
 
 # ξ per direction of one layer, up to a factor that all layers have in common.
 RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
-    # σ_j² / Σσ²: what "explained variance ratio" means, and the authors' code.
+    # σ_j² / Σσ²: what "explained variance ratio" means, and the authors' code (PEFT).
     "explained": lambda variance: variance / variance.sum().clamp_min(1e-300),
     # σ_j² / ((M - 1) ‖σ‖₁), as printed.
     "printed": lambda variance: variance / variance.sqrt().sum().clamp_min(1e-300),
@@ -53,7 +54,7 @@ class EVA(Start):
     keeps_scale: ClassVar[bool] = True
 
     rho: AtLeastOne = 2.0
-    ratio: Annotated[str, OneOf(RATIOS)] = "explained"
+    ratio: Annotated[str, OneOf(RATIOS)] = "printed"
 
     def ranks(self, sites: Sequence[Site], evidence: Look) -> dict[str, int] | None:
         if self.rho == 1:

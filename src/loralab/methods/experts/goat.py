@@ -1,13 +1,12 @@
 """GOAT: y = W_res x + s Σ_{i ∈ top-k} ω_i(x) B_i A_i x, expert i from slice i of W = U S Vᵀ.
 
-Slice i begins at singular value i min(m, n) / E. The paper's W_res = W0 - (s / E) Σ B_i A_i makes
-step 0 the base for a uniform router only; here the first router's mixture is taken off, exactly.
+Slice i begins at singular value i min(m, n) / E. W_res = W0 - (s / E) Σ B_i A_i makes step 0 the
+base for a uniform router only; with residual="exact" the first router's mixture is taken off.
 
 :summary: LoRA experts that start from disjoint slices of the weight's singular values
 :equation: B_i = U_i sqrt(S_i / (s rho)), A_i = sqrt(S_i / (s rho)) V_i^T, s = sqrt(3 eta n / d)
 :trap: The rank is that of all experts together, as in the paper.
-:trap: alpha / r multiplies the derived scale; the default alpha = r leaves it alone.
-:trap: LoRAFactory's default is not the derived scale: there s is ceil(alpha / d) / d.
+:trap: alpha / r multiplies the derived scale; LoRAFactory has ceil(alpha / d) / d instead of it.
 :title: Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
     Optimization Alignment
 :authors: Chenghao Fan, Zhenyi Lu, Sichen Liu, Chengfeng Gu, Xiaoye Qu, Wei Wei, Yu Cheng
@@ -15,7 +14,6 @@ step 0 the base for a uniform router only; here the first router's mixture is ta
 :verified: authors' code (Facico/GOAT-PEFT, goat/peta/src/goat/layer.py); survey arXiv 2601.22708
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -38,15 +36,18 @@ class GOAT(TopK):
         n_experts: E; each has rank d = r / E, or 1 where r is less than E.
         eta: η, the learning rate of full fine-tuning over that of LoRA.
         rho: ρ, by which the slices start smaller than they are in W.
-        residual: "exact" or the paper's "mean", with which step 0 is not quite the base.
+        residual: the paper's "mean", or "exact", with which step 0 is the base.
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"A0", "B0", "W_g0"})
-
     balance: NonNegative = 0.001
     eta: Positive = 1.0
     rho: Positive = 10.0
-    residual: Literal["exact", "mean"] = "exact"
+    residual: Literal["mean", "exact"] = "mean"
+
+    @property
+    def departs(self) -> bool:
+        return self.residual == "mean"
 
     def width(self, site: Site) -> int:
         """Return d, each expert's rank."""
@@ -54,7 +55,7 @@ class GOAT(TopK):
 
     def derived(self, site: Site) -> float:
         """Return √(3 η n / d) for n inputs."""
-        return math.sqrt(3 * self.eta * site.d_in / self.width(site))
+        return (3 * self.eta * site.d_in / self.width(site)) ** 0.5
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return A [E d, in] and B [out, E d] from W, W_g [E, in], and their frozen copies."""
@@ -65,16 +66,15 @@ class GOAT(TopK):
         scale = evidence.scale * self.derived(site) * self.rho
         t = split_triplets(U[:, at], S[at], Vh[at], scale)
         t["W_g"] = uniform(evidence, "W_g", self.n_experts, site.d_in, bound=site.d_in**-0.5)
-        kept = ("A", "B", "W_g") if self.residual == "exact" else ("A", "B")
+        kept = ("A", "B") if self.departs else ("A", "B", "W_g")
         return t | {f"{name}0": t[name].clone() for name in kept}
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        now = super().branch(t, x, site)
-        if self.residual == "exact":
-            first = super().branch({name: t[f"{name}0"] for name in ("A", "B", "W_g")}, x, site)
-        else:
+        if self.departs:
             first = (x @ t["A0"].mT) @ t["B0"].mT / self.n_experts
-        return self.derived(site) * (now - first)
+        else:
+            first = super().branch({name: t[f"{name}0"] for name in ("A", "B", "W_g")}, x, site)
+        return self.derived(site) * (super().branch(t, x, site) - first)
 
 
 register("goat", "experts", __doc__, GOAT())

@@ -24,7 +24,10 @@ class QuantizedLoRA(Pair):
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "codes", "absmax"})
     frozen: ClassVar[frozenset[str]] = frozenset({"codes", "absmax"})
-    departs: ClassVar[bool] = True  # step 0 is not the base, on purpose
+
+    @property
+    def departs(self) -> bool:
+        return True
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         return plain_pair(site, evidence) | quantized(evidence.weight, 4)[0]

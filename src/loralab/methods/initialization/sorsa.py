@@ -6,7 +6,7 @@ loss. The authors' code takes the mean of the norms over all trained matrices, 4
 (Llama-2-7B, seven targets); here every site has its own, so the weight of each is γ / η / 448.
 
 :summary: Trains W's leading singular triplets, the vectors kept near orthonormal
-:equation: dW = s (U diag(S) V^T - U0 diag(S0) V0^T) + g (|U^T U - I|^2 + |V^T V - I|^2)
+:equation: dW = s (U diag(S) V^T - U0 diag(S0) V0^T); loss + g (|U^T U - I| + |V^T V - I|)
 :trap: The regulariser belongs to training only, never to the reported loss.
 :trap: The weight does not follow the learning rate or the number of layers.
 :trap: The authors' code adds the regulariser's gradient after clipping; here it is clipped with the
@@ -37,15 +37,13 @@ class SingularTriplets(Form):
 
     Args:
         gamma: weight of both norms of a site in the training loss.
-        squared: square them, as the survey does. The paper and its code do not, but then the first
-            gradients are the direction of the SVD's rounding errors, for ‖M‖ has slope 1 all the
-            way down to M = 0.
+        squared: square both norms, as the survey does.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"U", "S", "Vh"})
 
     gamma: NonNegative = 4e-4 / 3e-5 / 448
-    squared: bool = True
+    squared: bool = False
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return W's leading singular vectors U, Vh, and S = 0, which the Start fills."""
@@ -59,7 +57,8 @@ class SingularTriplets(Form):
         one = torch.eye(t["S"].shape[-1], dtype=t["S"].dtype, device=t["S"].device)
         U, V = t["U"].mT @ t["U"] - one, t["Vh"] @ t["Vh"].mT - one
         squares = torch.stack([M.square().sum((-2, -1)) for M in (U, V)])
-        floor = torch.finfo(one.dtype).eps ** 2  # the root's slope stays finite at 0
+        # ‖M‖ has slope 1 down to M = 0, where the SVD's rounding would choose the first steps.
+        floor = torch.finfo(one.dtype).eps
         return self.gamma * (squares if self.squared else (squares + floor).sqrt()).sum(0)
 
 

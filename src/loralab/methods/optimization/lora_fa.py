@@ -1,6 +1,7 @@
 """LoRA-FA: A keeps its random start, only B is trained.
 
-dW = s B A0 then lives in the row space of A0, and the backward pass needs x A0ᵀ instead of x.
+dW = s B A0 then lives in the row space of A0, and the backward pass needs x A0ᵀ instead of x. The
+paper's second version (April 2026) corrects the gradient of B, as PEFT does; that is `project`.
 
 :summary: Freezes A at its random start and trains B alone
 :equation: dW = s B A0
@@ -8,28 +9,49 @@ dW = s B A0 then lives in the row space of A0, and the backward pass needs x A0�
 :title: LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning
 :authors: Longteng Zhang, Lin Zhang, Shaohuai Shi, Xiaowen Chu, Bo Li
 :source: arXiv 2308.03303, 2023: section 3
-:verified: the survey arXiv 2601.22708 and LoRAFactory's code
+:verified: the survey arXiv 2601.22708 and LoRAFactory's code; `project` by equality with installed
+    PEFT and the second version's abstract
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
-from loralab.training.adamw import AdamW
+from loralab.recipe import Hyper, Recipe, SiteState
+from loralab.training.adamw import AdamW, per_slot
+from loralab.training.gram import inverse_gram
 
 
 @dataclass(frozen=True)
 class FrozenA(AdamW):
     """AdamW on everything but A.
 
-    PEFT also multiplies the gradient of B by (A Aᵀ)⁻¹; the paper does not.
+    Args:
+        project: step along G_B (A Aᵀ)⁻¹ / s², with which s G_B A is nearest to W's gradient.
     """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"A"})
 
+    project: bool = False
+
+    def objection(self, recipe: Recipe) -> tuple[str, str] | None:
+        if not self.project or recipe.form.pair:
+            return None
+        return "form", "project corrects the gradient of a pair's B, and the form has no pair"
+
     def trains(self, name: str) -> bool:
         return name != "A"
+
+    def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
+        for site in sites if self.project else ():
+            if (G := site.g.get("B")) is not None:
+                inverse = (
+                    inverse_gram(site.fixed["A"].mT, 1e-8) / per_slot(site.scale.double(), G) ** 2
+                )
+                site.g["B"].copy_((G.double() @ inverse).to(G))
+        super().step(sites, hyper)
 
 
 register("lora_fa", "optimization", __doc__, LoRA(), rule=FrozenA())

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loralab.bounds import Positive
-from loralab.recipe import Form, OwnStart, Recipe, Site, Tensors
+from loralab.recipe import OwnStart, Site, Tensors
 from loralab.training.adamw import AdamW
 
 
@@ -15,24 +15,15 @@ def cut(t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
     return t["B"][..., : site.d_out, : site.rank], t["A"][..., : site.rank, : site.d_in]
 
 
-class StartsOff(Form):
-    """A Form whose own start is not the base."""
-
-    def objection(self, recipe: Recipe) -> tuple[str, str] | None:
-        if recipe.start.anchored or isinstance(recipe.start, AnchoredStart):
-            return None
-        return "start", "its first update is not 0, so it needs a start that takes it off the base"
-
-
 @dataclass(frozen=True)
-class AnchoredStart(OwnStart):
-    """The Form's own random start.
+class Anchorable(OwnStart):
+    """The Form's own start.
 
     Args:
-        anchored: subtract B0 A0, so that step 0 is the base; without that it is off by B0 A0.
+        anchored: subtract the update's first value, so that step 0 is the base.
     """
 
-    anchored: bool = True
+    anchored: bool = False
 
 
 @dataclass(frozen=True)

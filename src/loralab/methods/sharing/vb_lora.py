@@ -2,11 +2,10 @@
 α_s, a mixture of k of the h vectors α_s of one bank, with trained logits σ [h] of its own.
 
 :summary: Both factors are top-k mixtures of the vectors of one bank for the whole model
-:equation: dW = B A - B0 A0; stretches of A and B are sum_top-k softmax(logits)_s bank_s
+:equation: dW = B A; stretches of A and B are sum_top-k softmax(logits)_s bank_s
 :trap: Only the k largest logits of a stretch get a gradient; which they are changes while training.
-:trap: The paper's start is not the base: A and B are random. Here it is subtracted.
-:trap: What must be stored is small, k weights per stretch; what is trained is not: all h logits.
-:trap: The logits want ten times the bank's learning rate; the trial's rate is the logits'.
+:trap: Step 0 is not the base, as A and B are random; anchored=True subtracts B0 A0.
+:trap: Stored are k weights per stretch, trained are h logits, at ten times the bank's rate.
 :title: VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks
 :authors: Yang Li, Shaobo Han, Shihao Ji
 :source: arXiv 2405.15179, 2024: section 3
@@ -17,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from loralab.bounds import Count, Positive
@@ -25,24 +23,22 @@ from loralab.errors import UserError
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal, uniform
 from loralab.methods.optimization._unscaled import NoAlpha
-from loralab.methods.sharing._shared import AnchoredStart, BankRates, StartsOff
+from loralab.methods.sharing._shared import Anchorable, BankRates
 from loralab.recipe import Evidence, Site, Tensors
 
 
 @dataclass(frozen=True)
-class VBLoRA(NoAlpha, StartsOff):
+class VBLoRA(NoAlpha):
     """Both factors put together from a shared vector bank.
 
     Args:
-        n_vectors: h; 90 to 2048 in the paper, growing with the model; PEFT's 256 here.
+        n_vectors, k: h and k; 90 to 2048 and 2 in the paper; PEFT's 256 here.
         length: b; the last stretch of a side is cut where the paper and PEFT ask for a divisor.
-        k: vectors per mixture.
         bound, std: half-width of the bank's uniform start, spread of the logits' normal one.
     """
 
     shared: ClassVar[Mapping[str, str]] = {"bank": "model"}
     owns: ClassVar[frozenset[str]] = frozenset({"bank", "logits_A", "logits_B"})
-
     n_vectors: Count = 256
     length: Count = 256
     k: Count = 2
@@ -54,10 +50,14 @@ class VBLoRA(NoAlpha, StartsOff):
         if self.k > self.n_vectors:
             raise UserError(f"k of VBLoRA is between 1 and n_vectors, not {self.k}")
 
+    @property
+    def departs(self) -> bool:
+        return True
+
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return bank [h, b], logits_A [r, in / b, h] and logits_B [out / b, r, h]."""
         h, b, r = self.n_vectors, self.length, site.rank
-        wide, high = -(-site.d_in // b), -(-site.d_out // b)
+        wide, high = (-(-side // b) for side in (site.d_in, site.d_out))
         return {
             "bank": uniform(evidence, "bank", h, b, bound=self.bound),
             "logits_A": normal(evidence, "logits_A", r, wide, h, std=self.std),
@@ -67,7 +67,7 @@ class VBLoRA(NoAlpha, StartsOff):
     def _mixed(self, logits: Tensor, bank: Tensor) -> Tensor:
         """Return [*, p, q, b] for logits [*, p, q, h]."""
         top = logits.topk(self.k, dim=-1)
-        weights = torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
+        weights = logits.new_zeros(logits.shape).scatter(-1, top.indices, top.values.softmax(-1))
         return (weights.flatten(-3, -2) @ bank).unflatten(-2, logits.shape[-3:-1])
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
@@ -76,5 +76,5 @@ class VBLoRA(NoAlpha, StartsOff):
         return B[..., : site.d_out, :], A[..., : site.d_in]
 
 
-START, RATES = AnchoredStart(), BankRates()
+START, RATES = Anchorable(), BankRates()
 register("vb_lora", "sharing", __doc__, VBLoRA(), start=START, rule=RATES, aliases=("vblora",))
