@@ -82,7 +82,7 @@ def randlora(t, W, s):
                 for b in range(small):
                     left = t["B"][a, i * r + k] * t["Lambda"][i, k]
                     D[a, b] += left * t["A"][k, b] * t["Gamma"][i, b]
-    return s * (D if W.shape[0] >= W.shape[1] else D.T)
+    return 2 / math.sqrt(n) * s * (D if W.shape[0] >= W.shape[1] else D.T)
 
 
 def adalora(t, W, s):

@@ -90,7 +90,12 @@ CASES = {
         peft.GraloraConfig(r=R - 2, hybrid_r=2, alpha=ALPHA, gralora_k=2),
         gralora_hybrid,
     ),
-    "randlora": ("randlora", {}, peft.RandLoraConfig(r=R, randlora_alpha=ALPHA), randlora),
+    "randlora": (
+        "randlora",
+        {"scaling": "alpha/r"},
+        peft.RandLoraConfig(r=R, randlora_alpha=ALPHA),
+        randlora,
+    ),
     # Known difference: PEFT divides alpha by the starting rank 6, we by the final mean rank 4.
     "adalora": ("adalora", {}, ada_config(lora_alpha=ALPHA * 6 / 4), adalora),
 }

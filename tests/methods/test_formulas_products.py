@@ -327,7 +327,7 @@ def test_linear_forms_start_anywhere_on_request(method, own):
             lambda: build("lokr", low_rank="big"),
             "low_rank of LoKr cannot be 'big'; .* 'large' or 'small'",
         ),
-        (lambda: build("c3a", init_w="one"), "init_w of C3A cannot .* 'zero' or 'xavier'"),
+        (lambda: build("c3a", init_w="one"), "init_w of C3A cannot .* 'xavier' or 'zero'"),
         (lambda: build("c3a", block=0), "block of C3A"),
         (lambda: adapt(nn.Sequential(nn.Linear(8, 12)), "c3a", block=5), "8 inputs and 12 outputs"),
         (lambda: build("fourierft", n=0), "n of FourierFT"),
@@ -479,7 +479,7 @@ def test_same_tensors_as_peft_same_output_gradients_and_merged_weight(case, shap
 
 
 def test_pinned_differences_of_starts():
-    """PEFT zeroes LoKr's C and DeLoRA's B and starts C3A and FourierFT away from the base."""
+    """PEFT zeroes LoKr's C and DeLoRA's B and starts FourierFT away from the base."""
     peft = pytest.importorskip("peft")
 
     def start(name, **more):
@@ -489,9 +489,10 @@ def test_pinned_differences_of_starts():
     lokr = start("LoKrConfig", r=2)
     assert not lokr.lokr_w1["default"].any() and lokr.lokr_w2_b["default"].any()
     assert not start("DeloraConfig", r=2).delora_B["default"].any()
-    assert start("C3AConfig", block_size=4).c3a_kernel["default"].any()
     assert start("FourierFTConfig").fourierft_spectrum["default"].any()
-    ours = {n: next(adapt(One(64, 36), n, rank=2).pack.banks())[1] for n in ("lokr", "delora")}
+    names = ("lokr", "delora", "fourierft")
+    ours = {n: next(adapt(One(64, 36), n, rank=2).pack.banks())[1] for n in names}
+    assert not ours["fourierft"].c.any()
     assert ours["lokr"].C.any() and not ours["lokr"].A.any()
     assert ours["delora"].B.any() and ours["delora"].anchored
 

@@ -225,10 +225,10 @@ def test_svd_bases_options_and_the_papers_sides():
         SVDBases(part="bottom", niter=2)
 
 
-def test_lora_xs_start_from_a_trace_is_an_option():
+def test_lora_xs_starts_from_a_trace():
     W = torch.randn(30, 20, dtype=torch.float64)
-    assert not start_of("lora_xs", W)["R"].any()
-    R0 = start_of("lora_xs", W, rank=16, sigma=1e-5)["R"]
+    assert not start_of("lora_xs", W, sigma=0.0)["R"].any()
+    R0 = start_of("lora_xs", W, rank=16)["R"]
     assert 0.8e-5 < R0.std() < 1.2e-5
 
 

@@ -46,10 +46,11 @@ class RandLora(PeftType):
         bases = uniform({n: len(t.get("Lambda", ())) for n, t in portable.sites.items()})
         if not fits(portable, "randlora", WITH_CONV1D) or None in (rank, alpha, bases):
             return None
+        form: Any = spec.recipe.form
         config = {
             "peft_type": self.name,
             "r": rank,
-            "randlora_alpha": as_number(alpha),
+            "randlora_alpha": as_number(alpha * form.factor(bases)),
             "randlora_dropout": spec.dropout,
             "save_projection": True,
             "bias": "none",
@@ -91,7 +92,7 @@ class RandLora(PeftType):
             check_rank(int(config.get("r", rank)), rank, n)
         alphas = dict.fromkeys(own, float(config.get("randlora_alpha", 640)))
         dropout = float(config.get("randlora_dropout") or 0.0)
-        spec = spec_of(build("randlora"), config, ranks, alphas, dropout, whole)
+        spec = spec_of(build("randlora", scaling="alpha/r"), config, ranks, alphas, dropout, whole)
         layers = conv1d_layers(config, own)
         projections = self._shared(shared, own)
         sizes = dict.fromkeys(own)

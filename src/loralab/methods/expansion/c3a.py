@@ -1,7 +1,5 @@
 """C3A: dW = C_blk(Δw), a grid of circulant b x b blocks: (Δw ⋆ x)_t = Σ_l Δw_l x_{t+l}, by FFT.
 
-Eq. 1 also divides by the size, and the authors' code by the number of inputs.
-
 :summary: Block-circulant update: full rank from in·out/b numbers, applied by FFT
 :equation: dW = C_blk(w) / in, block (i, j) circulant with first row w_ij
 :trap: The rank asked for has no effect; the block size b sets the number of parameters.
@@ -35,7 +33,7 @@ class C3A(Form):
     Args:
         block: b, a common divisor of inputs and outputs; None for the greatest.
         divide: divide by the number of inputs (eq. 1 and the authors' code); False for eqs. 3, 4.
-        init_w: "zero", what anchoring makes of any start, or the paper's "xavier", off the base.
+        init_w: the paper's "xavier", off the base, or "zero", what anchoring makes of any start.
     """
 
     any_rank: ClassVar[bool] = True
@@ -44,7 +42,11 @@ class C3A(Form):
 
     block: Count | None = None
     divide: bool = True
-    init_w: Literal["zero", "xavier"] = "zero"
+    init_w: Literal["xavier", "zero"] = "xavier"
+
+    @property
+    def departs(self) -> bool:
+        return self.init_w == "xavier"
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return w [out/b, in/b, b]; a UserError if b does not divide inputs and outputs."""
@@ -54,10 +56,8 @@ class C3A(Form):
                 f"C3A with block = {b} cannot adapt {site.name}: its {n} inputs and {m} outputs "
                 "must both be multiples; choose another block or leave the layer out"
             )
-        shape = (m // b, n // b, b)
-        if self.init_w == "xavier":
-            return {"w": uniform(evidence, "w", *shape, bound=(6 / (m + n)) ** 0.5)}
-        return {"w": evidence.weight.new_zeros(shape)}
+        bound = (6 / (m + n)) ** 0.5 if self.departs else 0.0
+        return {"w": uniform(evidence, "w", m // b, n // b, b, bound=bound)}
 
     def scaled(self, t: Tensors, site: Site) -> Tensor:
         """Return Δw with the division taken in."""

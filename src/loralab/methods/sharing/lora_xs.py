@@ -31,14 +31,17 @@ class LoRAXS(Form):
     """An r x r matrix between frozen bases.
 
     Args:
-        sigma: spread of R's normal start, 1e-5 in the paper: a trace off the base. dW is linear in
-            R, so 0 is the same training measured from that start.
+        sigma: spread of R's normal start, a trace off the base; with 0 it is the base.
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"U_r", "V_r"})
     owns: ClassVar[frozenset[str]] = frozenset({"U_r", "R", "V_r"})
 
-    sigma: NonNegative = 0.0
+    sigma: NonNegative = 1e-5
+
+    @property
+    def departs(self) -> bool:
+        return self.sigma > 0
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
         """Return random bases (the paper's ablation) and R [r, r]."""
