@@ -100,7 +100,7 @@ def _sample(recipe: Any) -> tuple[Any, Any]:
     pack = Pack(
         model,
         [SlotSpec(recipe, RANK, targets=("0",))],
-        source=lambda spec, names, needs: dict.fromkeys(names, _evidence(weight)),
+        source=lambda names, needs: dict.fromkeys(names, _evidence(weight)),
     )
     return model, pack
 

@@ -90,9 +90,7 @@ def adapt(
         alpha_pattern=alpha_pattern or {},
     )
 
-    def source(
-        _: SlotSpec, names: list[str], needs: frozenset[str]
-    ) -> dict[str, dict[str, Tensor]]:
+    def source(names: list[str], needs: frozenset[str]) -> dict[str, dict[str, Tensor]]:
         return measure(model, names, needs, data or (), loss)
 
     pack = Pack(model, [spec], source if data is not None else None)

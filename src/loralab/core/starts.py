@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from loralab.core.slots import SlotSpec
 from loralab.errors import UserError
 from loralab.recipe import Evidence, Site, Start, Tensors
 
-EvidenceSource = Callable[[SlotSpec, list[str], frozenset[str]], dict[str, Tensors]]
+EvidenceSource = Callable[[list[str], frozenset[str]], dict[str, Tensors]]
 
 
 def block_of(name: str) -> str:
@@ -63,7 +62,7 @@ class Starts:
     """Makes the start tensors of a pack's slots; lives as long as the pack is being built.
 
     Args:
-        source: gives the evidence that pieces need, per site name, for a slot.
+        source: gives the named evidence of the named layers; asked once, for all slots.
         ready: own tensors per site, of an adapter that comes from a file, in place of a start.
     """
 
@@ -76,6 +75,7 @@ class Starts:
     ) -> None:
         self.model, self.source, self.ready = model, source, ready or {}
         self._memo: dict[tuple, Any] = {}
+        self._seen: dict[str, Tensors] | None = None
         self._asked = list(slots)
         self.slots = [self._ranked(spec) for spec in slots]
 
@@ -202,40 +202,30 @@ class Starts:
     ) -> Evidence:
         """Return what the pieces may look at; measured evidence only where `sites` is given."""
         weight = wide(weight_of(self.model.get_submodule(name))).detach()
-        needs = (spec.recipe.start.needs | spec.recipe.form.needs) if sites else frozenset()
-        measured = self._measured(spec, list(sites), needs)[name] if sites and needs else {}
-        return Evidence(weight, spec.scale_at(name), spec.seed, stream, **measured)
+        needs = _needs(spec) if sites else frozenset()
+        measured = self._measured(spec)[name] if sites and needs else {}
+        own = {kind: x for kind, x in measured.items() if kind in needs}
+        return Evidence(weight, spec.scale_at(name), spec.seed, stream, **own)
 
-    def _measured(
-        self, spec: SlotSpec, names: list[str], needs: frozenset[str]
-    ) -> dict[str, Tensors]:
-        """Return the evidence of all sites; one pass serves every slot of one seed."""
+    def _measured(self, spec: SlotSpec) -> dict[str, Tensors]:
+        """Return the evidence of all sites; one pass serves every slot."""
         if self.source is None:
             piece = spec.recipe.start if spec.recipe.start.needs else spec.recipe.form
+            wanted = " and ".join(sorted(piece.needs))
             raise UserError(
-                f"{type(piece).__name__} starts from the loss's {' and '.join(sorted(needs))}; "
+                f"{type(piece).__name__} starts from the loss's {wanted}; "
                 "pass data=, an iterable of batches, to adapt"
             )
-        key = ("evidence", spec.seed)
-        if key not in self._memo or not self._memo[key].covers(names, needs):
-            alike = [s for s in (spec, *self._asked) if s.seed == spec.seed]
-            union = dict.fromkeys(names)
-            for other in alike:
-                if other.recipe.start.needs | other.recipe.form.needs:
-                    union |= dict.fromkeys(self.sites(other))
-                    needs = needs | other.recipe.start.needs | other.recipe.form.needs
-            self._memo[key] = _Measured(self.source(spec, list(union), needs), needs)
-        found = self._memo[key].found
-        return {n: {k: v for k, v in found[n].items() if k in needs} for n in names}
+        if self._seen is None:
+            asking = [s for s in self._asked if _needs(s)]
+            names = dict.fromkeys(n for s in asking for n in self.sites(s))
+            self._seen = self.source(list(names), frozenset().union(*map(_needs, asking)))
+        return self._seen
 
 
-@dataclass(frozen=True)
-class _Measured:
-    found: dict[str, Tensors]
-    needs: frozenset[str]
-
-    def covers(self, names: Sequence[str], needs: frozenset[str]) -> bool:
-        return needs <= self.needs and set(names) <= set(self.found)
+def _needs(spec: SlotSpec) -> frozenset[str]:
+    """Return the evidence that the slot's pieces look at."""
+    return spec.recipe.start.needs | spec.recipe.form.needs
 
 
 def group_of(name: str, scope: str, groups: Mapping[str, str] | None = None) -> str:

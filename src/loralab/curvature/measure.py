@@ -135,7 +135,7 @@ def curvature(
         modules_to_train=tuple(modules_to_train),
     )
 
-    def starting(_: SlotSpec, names: list[str], needs: frozenset[str]) -> dict:
+    def starting(names: list[str], needs: frozenset[str]) -> dict:
         return measure(model, names, needs, batches, lambda m, b: _mean(losses, m, b))
 
     with stops() as record:

@@ -26,7 +26,7 @@ Progress = Callable[[int, int, list[float]], None]
 # An adapter entry of this size has left every working range (learned entries stay below ten), but
 # normalisation layers keep the loss finite; without this test lr = 1e6 would "train" to the end.
 EXPLODED = 1e4
-EVIDENCE_BATCHES, EVIDENCE_ROWS = 8, 8  # what data-driven starts see: 64 items
+EVIDENCE_SEED, EVIDENCE_BATCHES, EVIDENCE_ROWS = 0, 8, 8  # data-driven starts see 64 items
 
 
 def slot_spec(trial: Trial) -> SlotSpec:
@@ -276,14 +276,13 @@ class _Run:
         slots = [slot_of.get(back[g]) for g in range(len(self.given))]
         return TrainedPack(self.pack, self.task, outcomes, slots)
 
-    def _evidence(
-        self, spec: SlotSpec, names: list[str], needs: frozenset[str]
-    ) -> dict[str, dict[str, Tensor]]:
-        """Return the mean evidence over the first items of the slot's own data order.
+    def _evidence(self, names: list[str], needs: frozenset[str]) -> dict[str, dict[str, Tensor]]:
+        """Return the mean evidence over items that are the same for every trial of the task.
 
-        How many does not depend on the trial's batch size, so that batch sizes can share a start.
+        They depend on no trial's seed or batch size, so that one pass serves a whole pack and a
+        trial starts in it as it would alone.
         """
-        order = DataOrder(spec.seed, self.task.size("train"), EVIDENCE_ROWS)
+        order = DataOrder(EVIDENCE_SEED, self.task.size("train"), EVIDENCE_ROWS)
         batches = (self.task.batch("train", order.indices(i)) for i in range(EVIDENCE_BATCHES))
         on_device = (to_device(b, self.device) for b in batches)
         return measure(self.model, names, needs, on_device, self._mean_loss)
