@@ -1,10 +1,11 @@
 """Hooks of a Form that backward runs again, so that their intermediates are never kept."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from loralab.recipe import Site, Tensors
 
@@ -19,7 +20,14 @@ def again(hook: Hook, t: Tensors, x: Tensor, site: Site) -> Tensor:
     def run(values: list[Tensor]) -> Tensor:
         return hook(dict(zip(names, values, strict=False)), values[-1], site)
 
-    return RunAgain.apply(run, *t.values(), x)
+    return kept_inputs(run, *t.values(), x)
+
+
+def kept_inputs(run: Run, *tensors: Tensor) -> Tensor:
+    """Return run(tensors), of which autograd keeps the tensors alone."""
+    if torch.compiler.is_compiling():  # which cannot trace `rerun`, but knows checkpoints
+        return cast(Tensor, checkpoint(lambda *v: run(list(v)), *tensors, use_reentrant=False))
+    return cast(Tensor, RunAgain.apply(run, *tensors))
 
 
 class RunAgain(torch.autograd.Function):

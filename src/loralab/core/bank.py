@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loralab.core.again import RunAgain, again
-from loralab.core.dense import MadeLinear, Make
+from loralab.core.again import again, kept_inputs
+from loralab.core.dense import Make, made_linear
 from loralab.core.fused import AddHidden, AddLowRank, FusedHidden, FusedLowRank
 from loralab.core.layers import Weight, product, read, wide
 from loralab.core.scaling import ScaleRows
@@ -132,7 +132,7 @@ class Bank(Update):
     def _shift(self, weight: Weight, b: Tensor, lo: int, hi: int) -> Tensor:
         """Return b' - b [k or 1, out], exactly 0 where b stays; backward reads W anew."""
         make, values = self._maker(lambda t: self.form.bias(t, b, self.site) - b, weight, lo, hi)
-        return RunAgain.apply(make, *values)
+        return kept_inputs(make, *values)
 
     def _made(self, x: Tensor, weight: Weight, bias: Tensor | None, lo: int, hi: int) -> Tensor:
         """Return x M^T + bias with M built from the tensors now, and again in backward.
@@ -150,7 +150,7 @@ class Bank(Update):
         make, values = self._maker(matrix, weight, lo, hi)
         if not x.is_floating_point():
             return picked(make(values), x).to(weight.dtype) * self.input_scale
-        return MadeLinear.apply(make, x, bias, *values)
+        return made_linear(make, x, bias, values)
 
     def _maker(
         self, matrix: Callable[[Tensors], Tensor], weight: Weight, lo: int, hi: int
@@ -180,7 +180,7 @@ class Bank(Update):
         if self.kind == "delta" and not self.fast_branch:
             # The anchor is subtracted before rounding, so that step 0 is exact in bf16 as well.
             make, values = self._maker(lambda t: self._delta_of(t, lo, hi), weight, lo, hi)
-            return MadeLinear.apply(make, x, None, *values)
+            return made_linear(make, x, None, values)
         out = self._hook("branch", _cast(self.seen(lo, hi), x.dtype), self._shaped(x))
         if self.anchored:
             start = _cast(self.start_tensors(lo, hi), x.dtype)

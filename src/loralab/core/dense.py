@@ -1,30 +1,41 @@
 """Products with a matrix that is made from small tensors: made again in backward, never kept."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loralab.core.again import rerun
+from loralab.core.again import kept_inputs, rerun
 
 Make = Callable[[list[Tensor]], Tensor]
 
 
+def made_linear(make: Make, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+    """Return x Mᵀ + bias [K, n, out] with M [K, out, in] = make(tensors), for x [K, n, in]."""
+    if torch.compiler.is_compiling():
+        return kept_inputs(lambda v: _linear(v[0], make(v[1:]), bias), x, *tensors)
+    return cast(Tensor, MadeLinear.apply(make, x, bias, *tensors))
+
+
+def _linear(x: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
+    M = M.to(x.dtype)
+    if len(M) == 1:  # the very kernel of the base layer: step 0 is the base bit for bit
+        return F.linear(x, M[0], bias)
+    y = torch.bmm(x, M.mT)
+    return y if bias is None else y.add_(bias)
+
+
 class MadeLinear(torch.autograd.Function):
-    """y = x M^T + bias with M [K, out, in] = make(tensors); x [K, n, in]. Twice differentiable."""
+    """What `made_linear` returns, with M computed anew in backward. Twice differentiable."""
 
     @staticmethod
     def forward(ctx: Any, make: Make, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         """Return y [K, n, out]."""
         ctx.make = make
         ctx.save_for_backward(x, *tensors)
-        M = make(list(tensors)).to(x.dtype)
-        if len(M) == 1:  # the very kernel of the base layer: step 0 is the base bit for bit
-            return F.linear(x, M[0], bias)
-        y = torch.bmm(x, M.mT)
-        return y if bias is None else y.add_(bias)
+        return _linear(x, make(list(tensors)), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ chooses the experts that it would choose in fp32.
 import torch
 from torch import Tensor
 
-from loralab.core.again import RunAgain
+from loralab.core.again import kept_inputs
 from loralab.core.layers import wide
 from loralab.recipe import Tensors
 
@@ -20,7 +20,7 @@ def logits(W_g: Tensor, x: Tensor) -> Tensor:
     if wide(x) is x:
         return x @ W_g.mT
     # Run again in backward, which would keep a copy of x in fp32 otherwise.
-    return RunAgain.apply(lambda values: wide(values[0]) @ wide(values[1]).mT, x, W_g)
+    return kept_inputs(lambda values: wide(values[0]) @ wide(values[1]).mT, x, W_g)
 
 
 def router(t: Tensors, x: Tensor) -> Tensor:
