@@ -21,8 +21,12 @@ from loralab.testing.conformance import check_merge_is_exact as check_merge_is_e
 from loralab.testing.conformance import check_parameter_count as check_parameter_count
 from loralab.testing.conformance import check_save_and_load as check_save_and_load
 from loralab.testing.conformance import check_starts_at_base as check_starts_at_base
+from loralab.testing.elsewhere import check_other_device as check_other_device
 from loralab.testing.golden import fingerprint as fingerprint
 from loralab.testing.keeping import KEEPING as KEEPING
+from loralab.testing.packing import (
+    check_any_slot_saves_and_loads as check_any_slot_saves_and_loads,
+)
 from loralab.testing.packing import check_divergence_stays_alone as check_divergence_stays_alone
 from loralab.testing.packing import check_packed_equals_alone as check_packed_equals_alone
 from loralab.testing.packing import (
@@ -37,6 +41,8 @@ CHECKS += [
     check_packed_equals_alone,
     check_packed_equals_alone_on_other_layers,
     check_divergence_stays_alone,
+    check_any_slot_saves_and_loads,
+    check_other_device,
     *ROBUSTNESS,
     *KEEPING,
 ]

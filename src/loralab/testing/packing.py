@@ -1,11 +1,26 @@
 """Properties of a pack: no slot sees its neighbours."""
 
+import copy
+import tempfile
+
 import torch
 from torch import Tensor
 
+from loralab.core.adapter import Adapter, load
+from loralab.core.pack import Pack
 from loralab.methods import build
 from loralab.recipe import Recipe
-from loralab.testing.toy import kinds, on_every_kind, slot_tensors, toy_trial, train
+from loralab.testing.toy import (
+    ToyModel,
+    inputs,
+    kinds,
+    main_kinds,
+    moved,
+    on_every_kind,
+    slot_tensors,
+    toy_trial,
+    train,
+)
 
 
 def check_packed_equals_alone(
@@ -79,3 +94,47 @@ def check_divergence_stays_alone(name: str | Recipe, kind: str) -> None:
                 assert torch.equal(value, stormy[tensor]), f"{tensor} of a neighbour changed"
         if not resizes:
             assert runs[0].outcomes[at].curve == runs[1].outcomes[at].curve
+
+
+def check_any_slot_saves_and_loads(name: str | Recipe) -> None:
+    """The file of a pack's last slot gives its outputs alone, and in the place of another slot."""
+    for kind in main_kinds(name):
+        _check_saved_slot(name, kind)
+
+
+def _check_saved_slot(name: str | Recipe, kind: str) -> None:
+    trials = [
+        toy_trial(name, steps=6, seed=k, lr=lr, alpha=alpha)
+        for k, (lr, alpha) in enumerate([(3e-3, 4.0), (1e-3, 4.0), (1e-2, 6.0)])
+    ]
+    pack = moved(train(trials, kind=kind).pack)
+    pack.model.eval()
+    wanted, receiver = _outputs(pack), copy.deepcopy(pack)
+    pack.keep([2])
+    fresh = ToyModel(kind=kind).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(fresh, Adapter(pack, name if isinstance(name, str) else "").save(folder))
+    torch.testing.assert_close(fresh(inputs()), wanted[2], rtol=1e-5, atol=1e-6)
+    _put(loaded.pack, receiver, 1)
+    found = _outputs(receiver)
+    torch.testing.assert_close(found[1], wanted[2], rtol=1e-5, atol=1e-6)
+    for at in (0, 2):
+        assert torch.equal(found[at], wanted[at]), f"loading into slot 1 changed slot {at}"
+
+
+@torch.no_grad()
+def _outputs(pack: Pack) -> Tensor:
+    """Return what every slot makes of the same inputs, [K, rows, tokens, classes]."""
+    out = pack.model(inputs().repeat(pack.size, 1, 1))
+    return out.unflatten(0, (pack.size, -1))
+
+
+@torch.no_grad()
+def _put(one: Pack, into: Pack, slot: int) -> None:
+    """Write all that a pack of one holds into a slot of another pack."""
+    for site, other in zip(one.sites, into.sites, strict=True):
+        for lo, bank in zip(other.first, other.banks, strict=True):
+            if lo <= slot < lo + bank.size:
+                (own,) = site.banks
+                for n, value in [*own.named_parameters(), *own.named_buffers()]:
+                    getattr(bank, n)[slot - lo] = value[0]

@@ -1,6 +1,7 @@
 """A model and a task small enough to run every property on every method."""
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from loralab.core.adapter import Adapter, adapt
 from loralab.core.change import rank_axes
 from loralab.core.evidence import measure
+from loralab.core.pack import Pack
 from loralab.core.update import gives
 from loralab.methods import build
 from loralab.recipe import Recipe, Tensors
@@ -154,6 +156,12 @@ def kinds(name: str | Recipe) -> list[str]:
     return sorted(form.layers, reverse=True) + ["Block"] * gives(form, "route")
 
 
+def main_kinds(name: str | Recipe) -> list[str]:
+    """Return the first of `kinds`, and the block of those that route whole blocks."""
+    first, *others = kinds(name)
+    return [first, *(kind for kind in others if kind == "Block")]
+
+
 def on_every_kind(check: Callable[[Any, str], None]) -> Callable[[Any], None]:
     """Return the check of a method on every kind of toy model that it adapts."""
 
@@ -206,12 +214,17 @@ def trained_adapter(
     The model is in evaluation mode, where no Form draws at random.
     """
     trained = train([toy_trial(method, steps)], dtype, kind)
-    trained.pack.model.eval()
-    with torch.no_grad():
-        for name, p in trained.pack.trainable().items():
-            noise = torch.randn(p.shape, generator=generator("off", name), dtype=torch.float64)
-            p.add_(0.1 * noise.to(p))
+    moved(trained.pack).model.eval()
     return Adapter(trained.pack, method if isinstance(method, str) else "")
+
+
+@torch.no_grad()
+def moved(pack: Pack) -> Pack:
+    """Move every trained tensor off its start, each slot its own way."""
+    for name, p in pack.trainable().items():
+        noise = torch.randn(p.shape, generator=generator("off", name), dtype=torch.float64)
+        p.add_(0.1 * noise.to(p))
+    return pack
 
 
 def slot_tensors(trained: TrainedPack, trial: int) -> dict[str, Tensor]:
@@ -227,6 +240,12 @@ def slot_tensors(trained: TrainedPack, trial: int) -> dict[str, Tensor]:
             for name, value in own.items():
                 found[f"{bank.site.name}.{name}"] = value.detach().clone()
     return found
+
+
+def trained_bits(method: str | Recipe) -> dict[str, str]:
+    """Return a hash of the bits of each tensor after a short run with dropout."""
+    tensors = slot_tensors(train([toy_trial(method, steps=6, dropout=0.1)]), 0)
+    return {n: sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
 
 
 def _unpadded(own: Tensors, axes: Mapping[str, int]) -> Tensors:
