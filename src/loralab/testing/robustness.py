@@ -136,9 +136,9 @@ class _Checkpointed(nn.Module):
         return cast(Tensor, checkpoint(self.model, x, use_reentrant=False))
 
 
-def check_torch_compile(name: Name, backend: str = "aot_eager") -> None:
+def check_torch_compile(name: Name, backend: str = "aot_eager", kind: str = "Linear") -> None:
     """A compiled adapted model is one graph, and gives the same output and gradients."""
-    adapter = _move(toy_adapter(name, ToyModel()))
+    adapter = _move(toy_adapter(name, ToyModel(kind=kind)))
     wanted = _result(adapter)
     torch._dynamo.reset()
     compiled = cast(nn.Module, torch.compile(adapter.model, backend=backend, fullgraph=True))
