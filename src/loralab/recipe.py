@@ -307,7 +307,7 @@ class Recipe:
 
     @property
     def departs(self) -> bool:
-        """Return whether step 0 is near the base and not the base itself, on purpose."""
+        """Return whether step 0 is not the base, on purpose."""
         if self.start.anchored and type(self.form).base is Form.base:
             return False
         return self.form.departs or self.start.departs

@@ -1,6 +1,7 @@
-"""Compiled models: every method is one graph, with the numbers that it has uncompiled."""
+"""Compiled models: every method is one graph without draws, with the numbers it has uncompiled."""
 
 import pytest
+import torch
 
 from loralab.methods import all_methods
 from loralab.testing import check_torch_compile
@@ -25,3 +26,9 @@ def test_every_form_is_one_graph_on_other_layers(name):
 @pytest.mark.parametrize("name", ["lora", "dora", "hira"])
 def test_kinds_of_form_run_through_inductor(name):
     check_torch_compile(name, backend="inductor")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "hira", "oft", "hydralora"])
+def test_autocast_is_one_graph_too(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        check_torch_compile(name)

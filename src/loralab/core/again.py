@@ -25,9 +25,12 @@ def again(hook: Hook, t: Tensors, x: Tensor, site: Site) -> Tensor:
 
 def kept_inputs(run: Run, *tensors: Tensor) -> Tensor:
     """Return run(tensors), of which autograd keeps the tensors alone."""
-    if torch.compiler.is_compiling():  # which cannot trace `rerun`, but knows checkpoints
-        return cast(Tensor, checkpoint(lambda *v: run(list(v)), *tensors, use_reentrant=False))
-    return cast(Tensor, RunAgain.apply(run, *tensors))
+    if not torch.compiler.is_compiling():
+        return cast(Tensor, RunAgain.apply(run, *tensors))
+    if torch.compiler.is_exporting() or not any(t.requires_grad for t in tensors):
+        return run(list(tensors))
+    # The compiler cannot trace `rerun`, but knows what a checkpoint is.
+    return cast(Tensor, checkpoint(lambda *v: run(list(v)), *tensors, use_reentrant=False))
 
 
 class RunAgain(torch.autograd.Function):

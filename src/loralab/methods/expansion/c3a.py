@@ -39,7 +39,6 @@ class C3A(Form):
     any_rank: ClassVar[bool] = True
     layers: ClassVar[frozenset[str]] = LAYERS - {"Embedding"}
     recomputed: ClassVar[frozenset[str]] = frozenset({"branch"})  # spectra as wide as x and y
-
     block: Count | None = None
     divide: bool = True
     init_w: Literal["xavier", "zero"] = "xavier"
@@ -56,8 +55,9 @@ class C3A(Form):
                 f"C3A with block = {b} cannot adapt {site.name}: its {n} inputs and {m} outputs "
                 "must both be multiples; choose another block or leave the layer out"
             )
-        bound = (6 / (m + n)) ** 0.5 if self.departs else 0.0
-        return {"w": uniform(evidence, "w", m // b, n // b, b, bound=bound)}
+        if self.init_w == "zero":
+            return {"w": evidence.weight.new_zeros(m // b, n // b, b)}
+        return {"w": uniform(evidence, "w", m // b, n // b, b, bound=(6 / (m + n)) ** 0.5)}
 
     def scaled(self, t: Tensors, site: Site) -> Tensor:
         """Return Δw with the division taken in."""

@@ -66,11 +66,11 @@ class GOAT(TopK):
         scale = evidence.scale * self.derived(site) * self.rho
         t = split_triplets(U[:, at], S[at], Vh[at], scale)
         t["W_g"] = uniform(evidence, "W_g", self.n_experts, site.d_in, bound=site.d_in**-0.5)
-        kept = ("A", "B") if self.departs else ("A", "B", "W_g")
+        kept = ("A", "B") if self.residual == "mean" else ("A", "B", "W_g")
         return t | {f"{name}0": t[name].clone() for name in kept}
 
     def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        if self.departs:
+        if self.residual == "mean":
             first = (x @ t["A0"].mT) @ t["B0"].mT / self.n_experts
         else:
             first = super().branch({name: t[f"{name}0"] for name in ("A", "B", "W_g")}, x, site)

@@ -42,6 +42,7 @@ class Nystrom(Start):
 
     pair_only: ClassVar[bool] = False
     singles_out: ClassVar[frozenset[str]] = frozenset({"A", "B", "M"})
+    departs: ClassVar[bool] = True
     seeded = False
 
     core: Literal["inverse", "block"] = "inverse"

@@ -21,7 +21,7 @@ from loralab.methods import register
 from loralab.methods.expansion.lora import LoRA
 from loralab.recipe import Hyper, Recipe, SiteState
 from loralab.training.adamw import AdamW, per_slot
-from loralab.training.gram import inverse_gram
+from loralab.training.gram import inverse_gram, with_gradients
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class FrozenA(AdamW):
     """AdamW on everything but A.
 
     Args:
-        project: step along G_B (A Aᵀ)⁻¹ / s², with which s G_B A is nearest to W's gradient.
+        project: correct B's gradient to G_B (A Aᵀ)⁻¹ / s², along which a plain step moves W by its
+            own gradient's part in the row space of A.
     """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"A"})
@@ -45,13 +46,14 @@ class FrozenA(AdamW):
         return name != "A"
 
     def step(self, sites: Sequence[SiteState], hyper: Hyper) -> None:
-        for site in sites if self.project else ():
-            if (G := site.g.get("B")) is not None:
-                inverse = (
-                    inverse_gram(site.fixed["A"].mT, 1e-8) / per_slot(site.scale.double(), G) ** 2
-                )
-                site.g["B"].copy_((G.double() @ inverse).to(G))
-        super().step(sites, hyper)
+        super().step([corrected(site) for site in sites] if self.project else sites, hyper)
+
+
+def corrected(site: SiteState) -> SiteState:
+    """Return the site with B's gradient times (A Aᵀ)⁻¹ / s²; the user's gradient stays."""
+    inverse = inverse_gram(site.fixed["A"].mT, 1e-8)
+    B = (site.g["B"].double() @ inverse) / per_slot(site.scale.double(), inverse) ** 2
+    return with_gradients(site, site.g | {"B": B.to(site.g["B"])})
 
 
 register("lora_fa", "optimization", __doc__, LoRA(), rule=FrozenA())
