@@ -14,6 +14,7 @@ from loralab.tasks.base import Batch, Task
 N_STEPS = 3
 N_ITEMS = 16
 SLOTS_AT_MOST = 32  # more hardly ever pays: the device is busy long before
+SLOTS_ON_CPU = 10  # a core is busy from 8 on; packs of 30 of several methods take twice as long
 MEMORY_SHARE = 0.7  # of what is free
 WORKER_BYTES = 500 * 2**20  # a process that has imported torch
 OPTIMIZER_BYTES = 16  # per trained number: value, gradient and two moments in fp32
@@ -57,6 +58,7 @@ class Probe:
         item_seconds: scoring one item under one adapter.
         row_tokens: tokens (or items) that count in the loss, per row.
         model_bytes: the frozen base.
+        slots_at_most: trials per pack beyond which the device gains nothing.
     """
 
     n_params: dict[tuple[str, int], int]
@@ -66,6 +68,7 @@ class Probe:
     item_seconds: float
     row_tokens: float
     model_bytes: int
+    slots_at_most: int = SLOTS_AT_MOST
 
     def slot_bytes(self, planned: Planned) -> int:
         """Return the memory of one slot in a running pack."""
@@ -84,7 +87,7 @@ class Probe:
         if sharing > 1:
             each -= self.model_bytes + WORKER_BYTES
         largest = max(1, *(self.slot_bytes(planned) for planned in group))
-        return max(1, min(SLOTS_AT_MOST, int(each // largest)))
+        return max(1, min(self.slots_at_most, int(each // largest)))
 
     def seconds(self, planned: Planned, n_items: int) -> float:
         """Return the time of one trial in a pack, scoring of `n_items` included."""
@@ -120,6 +123,7 @@ def measure(bench: Bench, planned: Sequence[Planned]) -> Probe:
         item_seconds=sums["score"] / max(1, sums["items"]),
         row_tokens=sums["tokens"] / (N_STEPS * sums["rows"]),
         model_bytes=model_bytes(bench.model),
+        slots_at_most=SLOTS_ON_CPU if bench.device.type == "cpu" else SLOTS_AT_MOST,
     )
 
 
