@@ -77,9 +77,11 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def check_divergence_stays_alone(name: str | Recipe, kind: str) -> None:
     """A slot at learning rate 1e6 is marked diverged, and no bit of its neighbours changes."""
     resizes = build(name).schedule.resizes
+    # Inverses magnify the rounding that other ranks of a neighbour bring: in fp64 it stays small.
+    dtype = torch.float64 if resizes and build(name).rule.inverts else torch.float32
     good = [toy_trial(name, steps=10, seed=0), toy_trial(name, steps=10, seed=2)]
     runs = [
-        train([good[0], toy_trial(name, steps=10, seed=1, lr=lr), good[1]], kind=kind)
+        train([good[0], toy_trial(name, steps=10, seed=1, lr=lr), good[1]], dtype, kind)
         for lr in (1e-3, 1e6)
     ]
     assert [o.status for o in runs[0].outcomes] == ["done"] * 3
