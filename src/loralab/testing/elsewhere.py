@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from loralab.core.adapter import Adapter
 from loralab.core.bank import mergeable
@@ -99,9 +100,9 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if func in _MOVES:
         far = _tensors(args[0])[1]
     own = kwargs if device is None else {**kwargs, "device": torch.device("cpu")}
-    out = func(*_mapped(_numbers, args), **_mapped(_numbers, own))
+    out = func(*tree_map_only(Tensor, _numbers, args), **tree_map_only(Tensor, _numbers, own))
     if asked or (asked is None and far):
-        out = _mapped(Elsewhere, out)
+        out = tree_map_only(Tensor, Elsewhere, out)
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
@@ -112,26 +113,9 @@ def _numbers(t: Tensor) -> Tensor:
 
 def _tensors(tree: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors of the CPU, numbers aside, and those of elsewhere."""
-    found: tuple[list[Tensor], list[Tensor]] = [], []
-
-    def note(t: Tensor) -> Tensor:
-        if isinstance(t, Elsewhere) or t.dim():
-            found[isinstance(t, Elsewhere)].append(t)
-        return t
-
-    _mapped(note, tree)
-    return found
-
-
-def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return nested lists, tuples and dicts with every tensor replaced."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)([_mapped(function, x) for x in tree])
-    if isinstance(tree, dict):
-        return {k: _mapped(function, x) for k, x in tree.items()}
-    return tree
+    leaves = [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    far: list[Tensor] = [t for t in leaves if isinstance(t, Elsewhere)]
+    return [t for t in leaves if t.dim() and not isinstance(t, Elsewhere)], far
 
 
 class _Operations(TorchDispatchMode):
