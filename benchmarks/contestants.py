@@ -95,13 +95,23 @@ class Contestant:
     optimizer: torch.optim.Optimizer
     after: Callable[[], Any] = lambda: None
     state: Callable[[], list[torch.Tensor]] = list
+    closure: bool = False  # hand the backward pass to the optimizer, which may want it again
 
     def step(self) -> None:
         """Forward, backward, update; gradients are dropped, as both libraries' users do."""
-        self.loss().backward()
-        self.optimizer.step()
+        if self.closure:
+            self.optimizer.step(self._backward)
+        else:
+            self._backward()
+            self.optimizer.step()
         self.after()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()
 
     def memory(self, base: set[str]) -> dict[str, int]:
         """Return bytes: kept for backward, adapter (frozen tensors too), optimizer, rise.
@@ -109,9 +119,7 @@ class Contestant:
         The rise is that of the allocator within a step, temporaries and gradients included.
         """
         saved = saved_bytes(self.model, self.loss)
-        self.optimizer.step()
-        self.after()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.step()
         rise = common.allocator_peak(self.step)
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         adapter = {id(t): t for name, t in named if plain_name(name) not in base or t.requires_grad}
@@ -146,7 +154,7 @@ def ours(base: nn.Module, name: str, batch: dict[str, torch.Tensor]) -> Contesta
     def state() -> list[torch.Tensor]:
         return [t for t in optimizer.state_dict()["loralab"].values()]
 
-    return Contestant(model, loss, optimizer, state=state)
+    return Contestant(model, loss, optimizer, state=state, closure=True)
 
 
 def theirs(base: nn.Module, name: str, batch: dict[str, torch.Tensor]) -> Contestant:

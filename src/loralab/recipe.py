@@ -244,6 +244,11 @@ class Rule(Piece):
     # it has A's shape and A's axis; `resize` gathers them.
     memory_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
 
+    @property
+    def unrolls(self) -> bool:
+        """Return whether held-out gradients are taken through a step on the training data."""
+        return False
+
     def trains(self, name: str) -> bool:
         """Return whether tensor `name` is trained at all."""
         return True
@@ -275,6 +280,10 @@ class Schedule(Piece):
 
     def after_step(self, sites: Sequence[SiteState], step: int, n_steps: int) -> None:
         """Look at or change the sites after optimizer step `step` (0-based, of `n_steps`)."""
+
+    def searches(self, step: int, n_steps: int) -> bool:
+        """Return whether tensors that the Rule holds out still learn at 0-based `step`."""
+        return True
 
     def ranks(self, sites: Sequence[SiteState]) -> list[Tensor] | None:
         """Return the ranks in use at each site, [K] each, or None if they never change."""

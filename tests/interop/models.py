@@ -85,10 +85,15 @@ def train_on(adapter, lr, steps, n_steps=None):
     batch = {"input_ids": IDS, "labels": IDS}
     held_out = lambda: adapter.model(**batch).loss  # noqa: E731  # for the methods that look at it
     optimizer = adapter.optimizer(lr, n_steps=n_steps or max(steps, 1), held_out=held_out)
-    for _ in range(steps):
+
+    def closure():
         optimizer.zero_grad()
-        adapter.model(**batch).loss.backward()
-        optimizer.step()
+        loss = adapter.model(**batch).loss
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
 
 
 def one_per_form():

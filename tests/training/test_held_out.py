@@ -36,12 +36,16 @@ def own_loop(method):
         return toy_loss(model, task.batch("train", order.indices(step)))
 
     optimizer = adapter.optimizer(LR, n_steps=STEPS, held_out=lambda: loss(tested))
-    for step in range(STEPS):
+
+    def closure():
         optimizer.zero_grad()
-        adapter.pack.layout.step = step  # random draws as in a study
         value, penalty = loss(trained), adapter.penalty()
         (value if penalty is None else value + penalty).backward()
-        optimizer.step()
+        return value
+
+    for step in range(STEPS):
+        adapter.pack.layout.step = step  # random draws as in a study
+        optimizer.step(closure)
     return adapter
 
 
@@ -56,9 +60,37 @@ def test_an_own_loop_trains_as_the_packed_one(method):
         torch.testing.assert_close(value, packed[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("method", ["autolora", "bilora"])
+def test_a_step_through_the_training_data_needs_a_closure(method):
+    model = ToyModel()
+    adapter = adapt(model, method, rank=RANK, targets=TARGETS)
+    batch = ToyTask().batch("train", range(8))
+    optimizer = adapter.optimizer(LR, n_steps=STEPS, held_out=lambda: toy_loss(model, batch))
+    toy_loss(model, batch).backward()
+    with pytest.raises(UserError, match=r"call optimizer.step\(closure\), .* order='first'"):
+        optimizer.step()
+
+
+def test_nothing_is_held_out_after_the_search():
+    model, asked = ToyModel(), []
+    adapter = adapt(model, "autolora", rank=RANK, targets=TARGETS, order="first", search=0.25)
+    batch = ToyTask().batch("train", range(8))
+
+    def held_out():
+        asked.append(step)
+        return toy_loss(model, batch)
+
+    optimizer = adapter.optimizer(LR, n_steps=STEPS, held_out=held_out)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        toy_loss(model, batch).backward()
+        optimizer.step()
+    assert asked == [0, 1, 2]
+
+
 def test_the_upper_level_follows_held_out_data_alone():
     model = ToyModel()
-    adapter = adapt(model, "bilora", rank=RANK, targets=TARGETS)
+    adapter = adapt(model, "bilora", rank=RANK, targets=TARGETS, order="first")
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.1)
@@ -81,7 +113,7 @@ def test_no_held_out_data_gets_one_sentence(method):
     ("found", "words"), [(3.0, "not float"), (torch.ones(2), r"not \(2,\)")], ids=["float", "row"]
 )
 def test_held_out_must_return_a_loss(found, words):
-    adapter = adapt(ToyModel(), "bilora", rank=2, targets=TARGETS)
+    adapter = adapt(ToyModel(), "bilora", rank=2, targets=TARGETS, order="first")
     optimizer = adapter.optimizer(LR, held_out=lambda: found)
     with pytest.raises(UserError, match=words):
         optimizer.step()

@@ -156,8 +156,10 @@ class Adapter:
             n_steps: planned steps; methods with a Schedule (AdaLoRA, ReLoRA) need it.
             held_out: returns the present model's loss (a scalar) on a batch that it is not trained
                 on; `step` calls it. Methods of two levels (AutoLoRA, BiLoRA) and those that try
-                ranks out (ALoRA) need it. What it differentiates is not in the `.grad` that a
-                trainer clips.
+                ranks out (ALoRA) need it. Its gradients replace those of the upper level's
+                tensors within `step`, after a trainer has clipped. Where they are taken through a
+                step on the training data, call `step(closure)`; adapt with `order="first"` for
+                loops that cannot.
 
         Raises:
             UserError: lr not positive, a Schedule without n_steps, or no held_out where the method
@@ -166,7 +168,7 @@ class Adapter:
         Example:
             >>> import torch, loralab
             >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-            >>> adapter = loralab.adapt(model, "bilora", rank=2)
+            >>> adapter = loralab.adapt(model, "bilora", rank=2, order="first")
             >>> held_out = lambda: model(torch.ones(4, 8)).square().mean()
             >>> optimizer = adapter.optimizer(1e-3, held_out=held_out)
         """

@@ -56,20 +56,23 @@ class HeldOut:
 
     def losses(self, step: int) -> Tensor:
         """Return every slot's loss [K] on its held-out batch of this step; 0 for those without."""
-        items = [
-            [order.item(step * size + i) for i in range(size)] if wanting else []
-            for order, size, wanting in zip(self.orders, self.sizes, self.wanting, strict=True)
-        ]
-        batch = self.task.batch("train", [i for slot in items for i in slot])
-        rows = [len(slot) for slot in items]
-        with self.pack.rows(rows):
-            sums, counts = self.task.losses(self.pack.model, to_device(batch, self.device))
-            return slot_loss(sums, counts, rows)[0]
+        return losses_on(
+            self.task,
+            self.pack,
+            self.device,
+            [
+                [order.item(step * size + i) for i in range(size)] if wanting else []
+                for order, size, wanting in zip(self.orders, self.sizes, self.wanting, strict=True)
+            ],
+        )
 
-    def replace_gradients(self, parameters: Sequence[Tensor], step: int) -> None:
-        """Give these parameters the held-out loss's gradient: two-level training, first order."""
-        if not parameters:
-            return
-        grads = torch.autograd.grad(self.losses(step).sum(), parameters, allow_unused=True)
-        for p, grad in zip(parameters, grads, strict=True):
-            p.grad = torch.zeros_like(p) if grad is None else grad
+
+def losses_on(
+    task: Task, pack: Pack, device: torch.device, items: Sequence[Sequence[int]]
+) -> Tensor:
+    """Return every slot's loss [K] on its own training items; 0 for a slot without any."""
+    batch = task.batch("train", [i for slot in items for i in slot])
+    rows = [len(slot) for slot in items]
+    with pack.rows(rows):
+        sums, counts = task.losses(pack.model, to_device(batch, device))
+        return slot_loss(sums, counts, rows)[0]

@@ -14,12 +14,13 @@ from loralab.study.trial import Trial
 from loralab.tasks.base import Task, to_device
 from loralab.training.checkpoint import load_checkpoint, save_checkpoint
 from loralab.training.early_stop import EarlyStop
-from loralab.training.held_out import HeldOut, slot_loss
+from loralab.training.held_out import HeldOut, losses_on, slot_loss
 from loralab.training.memory import StepMemory
 from loralab.training.optimizer import PackOptimizer
 from loralab.training.outcome import Outcome
 from loralab.training.schedule import DataOrder, lr_factor
 from loralab.training.trained import TrainedPack
+from loralab.training.two_level import gradients_of, look_at_held_out, unrolls
 
 Progress = Callable[[int, int, list[float]], None]
 
@@ -185,15 +186,33 @@ class _Run:
             if penalty is not None:
                 objective = objective + torch.where(active, penalty, 0.0).sum()
             objective.backward()
-        self.held_out.replace_gradients(self.optimizer.held_out(), self.step)
-        self._update(loss.detach(), owners)
+        lr = self._rates(owners).to(loss.device)
+        self._look_at_held_out(lr, items)
+        self._update(loss.detach(), lr, owners)
         self._record(loss.detach().double().cpu(), tokens)
         self.step += 1
         self.seconds += time.perf_counter() - started
         if self.early_stop is not None:
             self._leave(self.early_stop.hopeless(self))
 
-    def _update(self, loss: Tensor, owners: Sequence[Trial]) -> None:
+    def _rates(self, owners: Sequence[Trial]) -> Tensor:
+        """Return the learning rate of every slot, 0 of those that have stopped."""
+        n = self.n_steps
+        rates = [t.lr * lr_factor(t.schedule, t.warmup, self.step, n) for t in owners]
+        return torch.where(self.active, torch.tensor(rates), 0.0)
+
+    def _look_at_held_out(self, lr: Tensor, items: Sequence[Sequence[int]]) -> None:
+        again = unrolls(self.optimizer, self.n_done)
+        trained = [own if yes else [] for own, yes in zip(items, again, strict=True)]
+        look_at_held_out(
+            self.optimizer,
+            self.n_done,
+            lr,
+            gradients_of(lambda: self.held_out.losses(self.step)),
+            gradients_of(lambda: losses_on(self.task, self.pack, self.device, trained)),
+        )
+
+    def _update(self, loss: Tensor, lr: Tensor, owners: Sequence[Trial]) -> None:
         norm, largest = self.optimizer.collect()
         lost = ~(torch.isfinite(loss) & torch.isfinite(norm) & (largest < EXPLODED))
         for slot in torch.nonzero(lost.cpu() & self.active).flatten().tolist():
@@ -205,10 +224,8 @@ class _Run:
         clip = norm.new_tensor([t.clip if t.clip > 0 else float("inf") for t in owners])
         factor = torch.where(active, (clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
         self.optimizer.scale_gradients(factor)
-        rates = [t.lr * lr_factor(t.schedule, t.warmup, self.step, self.n_steps) for t in owners]
-        lr = torch.where(active, norm.new_tensor(rates), 0.0)
         decay = norm.new_tensor([t.weight_decay for t in owners])
-        self.optimizer.step(lr, decay, self.n_done)
+        self.optimizer.step(torch.where(active, lr, 0.0), decay, self.n_done)
 
     def _record(self, loss: Tensor, tokens: Sequence[int]) -> None:
         at_point = (self.step + 1) % self.every == 0 or self.step + 1 == self.n_steps

@@ -54,6 +54,10 @@ class PackOptimizer:
                         f"{type(group.schedule).__name__} plans over the whole run; pass n_steps="
                     )
 
+    def planned(self, step: int) -> int:
+        """Return the planned steps, at least those up to 0-based `step`."""
+        return self.n_steps if self.n_steps is not None else step + 1
+
     def read(self) -> None:
         """Take the parameters' gradients, zeros where there is none."""
         for group in self.groups:
@@ -107,7 +111,7 @@ class PackOptimizer:
             lr, weight_decay: per slot, [K]; lr before the Schedules' own factors.
             step: 0-based number of this step.
         """
-        total = self.n_steps if self.n_steps is not None else step + 1
+        total = self.planned(step)
         for group in self.groups:
             group.schedule.before_step(group.states, step, total)
             rate = lr[group.slots] * group.schedule.lr_factor(step, total)
@@ -126,16 +130,6 @@ class PackOptimizer:
             for state in group.states:
                 if isinstance(state, BankState):
                     state._held_out = losses
-
-    def held_out(self) -> list[Tensor]:
-        """Return the parameters whose gradient is of held-out data."""
-        return [
-            p
-            for group in self.groups
-            for state in group.states
-            for n, p in state.t.items()
-            if n in group.rule.held_out
-        ]
 
     @property
     def needs_held_out(self) -> bool:

@@ -1,7 +1,7 @@
 """A pack's rules as a torch Optimizer, for any training loop."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from loralab.core.pack import Pack
 from loralab.errors import UserError
 from loralab.training.optimizer import PackOptimizer
+from loralab.training.two_level import gradients_of, look_at_held_out, unrolls
 
 
 class AdapterOptimizer(torch.optim.Optimizer):
@@ -68,30 +69,43 @@ class AdapterOptimizer(torch.optim.Optimizer):
                 "forward pass; add it to the training loss, or it plays no part",
                 stacklevel=3,  # past torch.no_grad
             )
-        self._inner.read()
-        self._look_at_held_out()
         group = self.param_groups[0]
         ones = torch.ones(self._inner.pack.size, device=group["params"][0].device)
-        self._inner.step(ones * group["lr"], ones * group["weight_decay"], self._step)
+        lr = ones * group["lr"]
+        self._look_at_held_out(lr, closure)
+        self._inner.read()
+        self._inner.step(lr, ones * group["weight_decay"], self._step)
         self._step += 1
         if self._resizes:  # then the tensors are other ones now
             group["params"] = list(self._inner.pack.trainable().values())
         return loss
 
-    def _look_at_held_out(self) -> None:
+    def _look_at_held_out(self, lr: Tensor, closure: Callable[[], Any] | None) -> None:
         """Give the upper level's tensors the gradient of the held-out loss."""
-        upper = self._inner.held_out()
-        if not upper:
-            return
+        inner, step = self._inner, self._step
+        if closure is None and any(unrolls(inner, step)):
+            raise UserError(
+                f"{_who(inner.pack)} takes its gradient through a step on the training data and "
+                "needs the training loss again: call optimizer.step(closure), where closure clears "
+                "the gradients, calls backward on the loss and returns it, or adapt with "
+                "order='first' for the first-order gradient"
+            )
+        parameters = list(inner.pack.trainable().values())
+
+        def training(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+            assert closure is not None
+            before = [p.grad for p in parameters]
+            inner.zero_grad()
+            with torch.enable_grad():
+                closure()
+            found = [p.grad for p in tensors]
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+            return found
+
+        held_out = gradients_of(self._held_out_loss)
         with torch.enable_grad():
-            found = torch.autograd.grad(self._held_out_loss(), upper, allow_unused=True)
-        by_id = {
-            id(p): torch.zeros_like(p) if g is None else g
-            for p, g in zip(upper, found, strict=True)
-        }
-        for group in self._inner.groups:
-            for state in group.states:
-                state.g |= {n: by_id[id(p)] for n, p in state.t.items() if id(p) in by_id}
+            look_at_held_out(inner, step, lr, held_out, training)
 
     def _held_out_loss(self) -> Tensor:
         assert self._held_out is not None

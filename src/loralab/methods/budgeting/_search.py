@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,15 +25,22 @@ class TwoLevel(AdamW):
 
     Args:
         ratio: alpha's learning rate over that of A and B.
+        order: "second" takes that gradient through a step on the training data (three more passes
+            a step), "first" at the present A and B (one more).
     """
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"alpha"})
     held_out: ClassVar[frozenset[str]] = frozenset({"alpha"})
 
     ratio: Positive = 10.0
+    order: Literal["first", "second"] = "second"
+
+    @property
+    def unrolls(self) -> bool:
+        return self.order == "second"
 
     def lr_ratio(self, name: str) -> float:
-        return self.ratio if name == "alpha" else 1.0
+        return self.ratio if name in self.held_out else 1.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,9 @@ class Search(Schedule):
     def ends(self, step: int, n_steps: int) -> bool:
         """Return whether the search ends with 0-based `step`."""
         return step + 1 == max(1, round(self.search * n_steps)) and step + 1 < n_steps
+
+    def searches(self, step: int, n_steps: int) -> bool:
+        return step < max(1, round(self.search * n_steps))
 
     def ranks(self, sites: Sequence[SiteState]) -> list[Tensor] | None:
         return in_use(sites, "B")

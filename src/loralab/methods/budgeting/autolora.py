@@ -2,12 +2,13 @@
 per rank-1 part; α follows held-out data, A and B the training data (two levels). Then the parts
 with α_j < 1/r are dropped and the rest is trained anew without weights.
 
-The paper differentiates through one step of the lower level; this is the first-order version, as in
-the authors' fine-tuning code (ruz048/AutoLoRA, finetune/), which alternates the two steps. α is a
-softmax of free numbers.
+α's gradient is taken through one step of the lower level, as in the paper and the authors' search
+(run_glue_search.py), or not, as in their fine-tuning (lora_glue.py): order="first". α is a softmax
+of free numbers.
 
 :summary: Learns a weight per rank on held-out data, drops the small ones, trains the rest
 :equation: dW = s B diag(softmax(alpha)) A; keep ranks with softmax(alpha)_j >= 1/r
+:trap: A step of the search makes four forward and backward passes, or two with order="first".
 :trap: While it searches the update is a weighted mean of its parts: 1/r of LoRA's.
 :trap: Equal weights are exactly 1/r: a threshold without slack would drop every rank.
 :trap: The ranks are only searched; A, B and the optimizer's memory start anew afterwards.
@@ -15,7 +16,8 @@ softmax of free numbers.
 :title: AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation Based on Meta Learning
 :authors: Ruiyi Zhang, Rushi Qiang, Sai Ashish Somayajula, Pengtao Xie
 :source: arXiv 2403.09113, 2024: section 3
-:verified: authors' code (ruz048/AutoLoRA, loralib/layers.py and finetune/lora_glue.py)
+:verified: authors' code (ruz048/AutoLoRA: loralib/layers.py, run_glue_search.py,
+    finetune/lora_glue.py)
 """
 
 from collections.abc import Sequence

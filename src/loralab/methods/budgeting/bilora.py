@@ -1,8 +1,8 @@
 """BiLoRA: dW = s P Λ Q; P and Q (lower level) learn from one part of the data, Λ from the other.
 
 Λ is a softmax of free numbers (which the paper recommends), the numbers themselves ("real") or
-their sigmoids, pushed to 0 or 1 by their entropy ("binary"). P and Q have AdaLoRA's penalty. The
-paper differentiates through the lower level (Betty); this is the first-order version.
+their sigmoids, pushed to 0 or 1 by their entropy ("binary"). P and Q have AdaLoRA's penalty. Λ's
+gradient is taken through one step of the lower level (order="first": not).
 
 :summary: Singular vectors learn from training data, singular values from held-out data
 :equation: dW = s P diag(softmax(l)) Q; P, Q on one part of the data, l on the other
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from loralab.bounds import NonNegative, OneOf
+from loralab.bounds import NonNegative, OneOf, Positive
 from loralab.methods import register
+from loralab.methods.budgeting._search import TwoLevel
 from loralab.methods.budgeting._svd import AdaSVD, Triplets
 from loralab.recipe import Evidence, Recipe, Site, Tensors
-from loralab.training.adamw import AdamW
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(-1),
@@ -68,11 +68,13 @@ class PseudoSVD(Triplets):
 
 
 @dataclass(frozen=True)
-class UpperLambda(AdamW):
+class UpperLambda(TwoLevel):
     """AdamW; Lambda's gradient is of held-out data."""
 
     singles_out: ClassVar[frozenset[str]] = frozenset({"Lambda"})
     held_out: ClassVar[frozenset[str]] = frozenset({"Lambda"})
+
+    ratio: Positive = 1.0
 
 
 register("bilora", "budgeting", __doc__, PseudoSVD(), rule=UpperLambda())

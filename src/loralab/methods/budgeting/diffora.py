@@ -2,8 +2,8 @@
 matrix Γ = [γ_ij] (the paper's differential adaptation matrix) says which modules are adapted.
 
 Γ is relaxed to [0, 1] and learned on held-out data, then made discrete: in each layer the K modules
-with the largest γ are adapted and trained anew, the others are not. Here γ is a sigmoid per module
-and K a share of the layer's modules, both our reading.
+with the largest γ are adapted and trained anew, the others are not. Here γ is a sigmoid per module,
+K a share of the layer's modules and α's gradient is of first order, all our reading.
 
 :summary: Learns on held-out data which modules of each layer to adapt
 :equation: dW = s gamma B A, gamma = sigmoid(alpha) on held-out data, then 0 or 1
@@ -74,5 +74,10 @@ class SelectModules(Search):
 
 
 register(
-    "diffora", "budgeting", __doc__, SelectedModule(), rule=TwoLevel(), schedule=SelectModules()
+    "diffora",
+    "budgeting",
+    __doc__,
+    SelectedModule(),
+    rule=TwoLevel(order="first"),
+    schedule=SelectModules(),
 )
