@@ -331,7 +331,7 @@ def test_linear_forms_start_anywhere_on_request(method, own):
         (lambda: build("c3a", block=0), "block of C3A"),
         (lambda: adapt(nn.Sequential(nn.Linear(8, 12)), "c3a", block=5), "8 inputs and 12 outputs"),
         (lambda: build("fourierft", n=0), "n of FourierFT"),
-        (lambda: build("fourierft", init_c="x"), "init_c of FourierFT .* 'zero' or 'normal'"),
+        (lambda: build("fourierft", init_c="x"), "init_c of FourierFT .* 'normal' or 'zero'"),
         (lambda: build("waveft", n=0), "n of WaveFT"),
         (lambda: build("delora", bound=0.0), "bound of DeLoRA must be positive"),
         (lambda: build("delora", norm="row"), "norm of DeLoRA .* 'column' or 'frobenius'"),
@@ -402,7 +402,7 @@ PEFT = {
         lambda y: {"w": y.c3a_kernel["default"]},
     ),
     "fourierft": (
-        {"n": 20},
+        {"n": 20, "init_c": "zero"},
         "FourierFTConfig",
         {"n_frequency": 20, "scaling": ALPHA},
         peft_spectrum("fourierft", "indices"),
@@ -479,7 +479,7 @@ def test_same_tensors_as_peft_same_output_gradients_and_merged_weight(case, shap
 
 
 def test_pinned_differences_of_starts():
-    """PEFT zeroes LoKr's C and DeLoRA's B and starts FourierFT away from the base."""
+    """PEFT zeroes LoKr's C and DeLoRA's B."""
     peft = pytest.importorskip("peft")
 
     def start(name, **more):
@@ -489,10 +489,11 @@ def test_pinned_differences_of_starts():
     lokr = start("LoKrConfig", r=2)
     assert not lokr.lokr_w1["default"].any() and lokr.lokr_w2_b["default"].any()
     assert not start("DeloraConfig", r=2).delora_B["default"].any()
-    assert start("FourierFTConfig").fourierft_spectrum["default"].any()
+    theirs = start("FourierFTConfig").fourierft_spectrum["default"]
+    assert float(theirs.detach().std()) == pytest.approx(1, abs=0.1)
     names = ("lokr", "delora", "fourierft")
     ours = {n: next(adapt(One(64, 36), n, rank=2).pack.banks())[1] for n in names}
-    assert not ours["fourierft"].c.any()
+    assert float(ours["fourierft"].c.detach().std()) == pytest.approx(1, abs=0.1)
     assert ours["lokr"].C.any() and not ours["lokr"].A.any()
     assert ours["delora"].B.any() and ours["delora"].anchored
 

@@ -276,7 +276,8 @@ def test_mora_rounds_down_unless_asked():
 
 
 def test_sd_lora_sums_normalised_directions():
-    run = Run("sd_lora", 10, alpha=3.0, n_tasks=3)
+    kept = {"magnitudes": "site", "restart_magnitudes": False}
+    run = Run("sd_lora", 10, alpha=3.0, n_tasks=3, **kept)
     directions, magnitudes = [], []
     for task in range(3):
         A, B, alpha = draw(30 + task, R, N), draw(40 + task, M, R), 0.5 + task
@@ -304,9 +305,10 @@ def test_sd_lora_refuses_more_tasks_than_it_was_made_for():
 
 
 def test_sd_lora_restarts_magnitudes_as_the_code_does():
-    run = Run("sd_lora", 10, n_tasks=2, restart_magnitudes=True)
+    run = Run("sd_lora", 10, n_tasks=2)
     A, B = draw(1, R, N), draw(2, M, R)
-    run.put(A=A, B=B)
+    assert run.tensor("alpha") == 0.8
+    run.put(A=A, B=B, alpha=torch.tensor([1.7]))
     run.act("next_task", 1)
     torch.testing.assert_close(run.delta(), 0.8 * B @ A / (B @ A).norm())
     run.put(B=B)

@@ -75,7 +75,17 @@ def test_contradicting_tasks_are_forgotten_whichever_way_the_metric_runs():
     assert [step for step, _ in outcome.curve] == list(range(1, 61))
 
 
-def test_sd_lora_is_told_of_every_task_and_keeps_its_function(monkeypatch):
+def test_sd_lora_has_its_magnitudes_in_common_and_restarts_them():
+    found = train_sequence(ToyModel(), TASKS, [sd_lora(), sd_lora(seed=1)])
+    banks = [bank for _, bank in found.trained.pack.banks()]
+    assert len({id(bank.alpha) for bank in banks}) == 1 < len(banks)
+    assert len({id(bank.alpha_old) for bank in banks}) == 1
+    assert banks[0].alpha_old.shape == (2, 2)
+    assert ((banks[0].alpha_old - 0.8).abs() < 12 * 3e-2 + 1e-6).all()  # of the last task alone
+    assert (banks[0].alpha_old != 0.8).all()
+
+
+def test_sd_lora_is_told_of_every_task_and_can_keep_its_function(monkeypatch):
     model, calls, plain = ToyModel(), [], NextDirection.next_task
 
     def spy(self, sites, count):
@@ -85,9 +95,10 @@ def test_sd_lora_is_told_of_every_task_and_keeps_its_function(monkeypatch):
         calls.append(count)
 
     monkeypatch.setattr(NextDirection, "next_task", spy)
-    found = train_sequence(model, TASKS, [sd_lora()])
+    kept = {"magnitudes": "site", "restart_magnitudes": False}
+    found = train_sequence(model, TASKS, [sd_lora(settings=kept)])
     assert sorted(set(calls)) == [1, 2]
-    assert found.trials[0].settings == {"n_tasks": 3}
+    assert found.trials[0].settings == {**kept, "n_tasks": 3}
     bank = found.trained.pack.sites[0].banks[0]
     norms = [(bank.B_old[0, :, k : k + 4] @ bank.A_old[0, k : k + 4]).norm().item() for k in (0, 4)]
     assert norms == pytest.approx([1.0, 1.0])

@@ -18,6 +18,7 @@ from loralab.core.stopgrad import stops
 from loralab.errors import UserError
 from loralab.methods import build
 from loralab.recipe import Evidence, Recipe
+from loralab.seeds import generator
 from loralab.testing.toy import (
     RANK,
     ToyModel,
@@ -55,10 +56,23 @@ def check_starts_at_base(name: str | Recipe) -> None:
             if build(name).departs:
                 error = ((model(x) - before).norm() / before.norm()).item()
                 seen = error > 0 or dtype == torch.bfloat16  # which may round a small step away
-                far = error > 0.2 and isinstance(name, str)  # defaults are near the base
+                # Defaults are near the base, be it only at the sizes that they were published for.
+                far = error > 0.2 and isinstance(name, str) and _departure_when_wide(name) > 0.2
                 assert seen and not far, f"step 0 is off the base by {error}"
             else:
                 assert torch.equal(before, model(x)), f"step 0 is not the base on {kind}, {dtype}"
+
+
+def _departure_when_wide(name: str) -> float:
+    """Return how far step 0 of one layer of 2048 inputs and outputs is off the base, relatively."""
+    g = generator("wide")
+    layer = nn.Linear(2048, 2048, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(2048, 2048, generator=g) / (3 * 2048) ** 0.5)
+        model, x = nn.Sequential(layer), torch.randn(4, 2048, generator=g)
+        before = model(x)
+        adapt(model, name, rank=RANK)
+        return ((model(x) - before).norm() / before.norm()).item()
 
 
 def check_dense_equals_forward(name: str | Recipe) -> None:

@@ -8,7 +8,7 @@ entries, as in the paper's algorithm 1 and unlike its eq. 3.
 :trap: alpha is the whole scale: it is not divided by a rank, and the rank has no effect.
 :trap: The normalised inverse transform makes dW tiny, hence alpha = 300.
 :trap: The paper's start, c ~ N(0, 1), is 300 sqrt(n / 2) / (in out) off the base per weight: 4e-4
-    at 4096 x 4096, but 1.6 at 64 x 64. The default starts at the base.
+    at 4096 x 4096, but 1.6 at 64 x 64, where nothing was learnt; init_c="zero" starts at it.
 :trap: The frequencies are drawn from the trial's seed; PEFT's from a seed of their own.
 :title: Parameter-Efficient Fine-Tuning with Discrete Fourier Transform
 :authors: Ziqi Gao, Qichao Wang, Aochuan Chen, Zijing Liu, Bingzhe Wu, Liang Chen, Jia Li
@@ -34,14 +34,14 @@ class FourierFT(SparseForm):
     """A sparse spectrum; n = 1000 for LLaMA in the paper.
 
     Args:
-        init_c: "zero" or the paper's "normal", c ~ N(0, 1), which does not start at the base. dW is
-            linear in c, so the two differ by the first dW and by nothing else.
+        init_c: the paper's "normal", c ~ N(0, 1), off the base, or "zero". dW is linear in c, so
+            the two differ by the first dW and by nothing else.
     """
 
     method: ClassVar[str] = "fourierft"
 
     n: Count = 1000
-    init_c: Literal["zero", "normal"] = "zero"
+    init_c: Literal["normal", "zero"] = "normal"
 
     @property
     def departs(self) -> bool:

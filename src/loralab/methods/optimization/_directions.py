@@ -1,5 +1,5 @@
-"""SD-LoRA's schedule (arXiv 2501.13198, algorithm 1): at a task's end α_t B_t A_t becomes
-(α_t ‖B_t A_t‖_F) (B_t A_t / ‖B_t A_t‖_F), the direction frozen and the magnitude still trained.
+"""SD-LoRA's schedule (arXiv 2501.13198, algorithm 1): at a task's end B_t A_t is normalised to
+B_t A_t / ‖B_t A_t‖_F, a frozen direction whose magnitude is still trained.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ import torch
 from loralab.errors import UserError
 from loralab.methods.expansion._phases import forget
 from loralab.methods.optimization._pairs import product_norm
-from loralab.recipe import Schedule, SiteState
+from loralab.recipe import Recipe, Schedule, SiteState
 from loralab.training.adamw import per_slot
 
 OLD = frozenset({"A_old", "B_old"})  # the directions of earlier tasks, which are not trained
+MAGNITUDE = 0.8  # of every direction at the start of a task, in the authors' code
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,20 @@ class NextDirection(Schedule):
     """Freeze the present direction and begin another one.
 
     Args:
-        restart_magnitudes: all of them, old and new, begin each further task at 0.8, as in the
-            authors' code; the function then jumps at the border of two tasks.
+        restart_magnitudes: all of them, old and new, begin each further task at 0.8. False goes on
+            with α_t ‖B_t A_t‖_F, which leaves the function as it is; the new one begins at 1.
     """
 
     singles_out: ClassVar[frozenset[str]] = OLD | {"alpha", "alpha_old"}
     trained: ClassVar[frozenset[str]] = frozenset({"A", "B", "alpha"})
     changes: ClassVar[frozenset[str]] = OLD
 
-    restart_magnitudes: bool = False
+    restart_magnitudes: bool = True
+
+    def objection(self, recipe: Recipe) -> tuple[str, str] | None:
+        if self.restart_magnitudes or not recipe.form.shared:
+            return None
+        return "form", "the norms that magnitudes would take over differ (magnitudes='site' can)"
 
     @torch.no_grad()
     def next_task(self, sites: Sequence[SiteState], count: int) -> None:
@@ -42,17 +48,18 @@ class NextDirection(Schedule):
                 "set n_tasks to the length of the sequence"
             )
         for site in sites:
-            A, B, alpha, alpha_old = (site.t[name] for name in ("A", "B", "alpha", "alpha_old"))
+            A, B = site.t["A"], site.t["B"]
             r, norm = A.shape[-2], product_norm(B, A)
             here = slice((count - 1) * r, count * r)
             direction = B / per_slot(norm.clamp_min(torch.finfo(B.dtype).tiny), B)
             site.fixed["A_old"][..., here, :] = A
             site.fixed["B_old"][..., here] = direction
-            alpha_old[..., count - 1] = alpha[..., 0] * norm
-            alpha.fill_(1.0)
             if self.restart_magnitudes:
-                alpha.fill_(0.8)
-                alpha_old.fill_(0.8)
+                for name in {"alpha", "alpha_old"} & site.t.keys():  # common ones: the first site's
+                    site.t[name].fill_(MAGNITUDE)
+            else:
+                site.t["alpha_old"][..., count - 1] = site.t["alpha"][..., 0] * norm
+                site.t["alpha"].fill_(1.0)
             B.zero_()
             for slot, values in enumerate(A):
                 generator = site.generator(slot, "A", count)

@@ -1,10 +1,10 @@
 """SD-LoRA: frozen, normalised directions of earlier tasks beside the present one (A B is our B A).
 
 The present direction is not normalised while it is trained, as in the authors' code: with B = 0 it
-has no norm, and step 0 is the base. When the task ends, α_t takes the norm over, so that the
-function stays. The paper shares the magnitudes among layers; here each layer has its own, since the
-norms differ. They begin at 1, in the authors' code at 0.8. The variants with falling ranks and with
-absorbed directions are not offered.
+has no norm, and step 0 is the base. All layers have the magnitudes in common, and all of them begin
+each task at 0.8 (the authors' code), which moves the function between tasks. With magnitudes="site"
+each layer has its own, and restart_magnitudes=False lets α_t take the norm over, so that the
+function stays. The variants with falling ranks and with absorbed directions are not offered.
 
 :summary: Continual learning: frozen directions of earlier tasks, magnitudes still trained
 :equation: dW = s (alpha_1 B_1 A_1 / |B_1 A_1|_F + ... + alpha_t B_t A_t)
@@ -19,8 +19,9 @@ absorbed directions are not offered.
     public summary; the paper's text was not to be had
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from torch import Tensor
 from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import Pair
-from loralab.methods.optimization._directions import OLD, NextDirection
+from loralab.methods.optimization._directions import MAGNITUDE, OLD, NextDirection
 from loralab.recipe import Evidence, Site, Tensors
 
 
@@ -38,6 +39,7 @@ class Directions(Pair):
 
     Args:
         n_tasks: how many tasks there will be; all directions are there from the start.
+        magnitudes: in common for the "model", or each "site" its own.
     """
 
     pair: ClassVar[bool] = False
@@ -45,14 +47,21 @@ class Directions(Pair):
     frozen: ClassVar[frozenset[str]] = OLD
 
     n_tasks: Count = 1
+    magnitudes: Literal["model", "site"] = "model"
+
+    @property
+    def shared(self) -> Mapping[str, str]:  # type: ignore[override]
+        names = ("alpha", "alpha_old") if self.n_tasks > 1 else ("alpha",)
+        return dict.fromkeys(names, "model") if self.magnitudes == "model" else {}
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A, B and alpha [1] = 1, and room for the directions of n_tasks - 1 tasks."""
-        t = super().init(site, evidence) | {"alpha": evidence.weight.new_ones(1)}
+        """Return A, B and alpha [1] = 0.8, and room for the directions of n_tasks - 1 tasks."""
+        start = evidence.weight.new_full((1,), MAGNITUDE)
+        t = super().init(site, evidence) | {"alpha": start}
         if n := self.n_tasks - 1:
             t["A_old"] = evidence.weight.new_zeros(n * site.rank, site.d_in)
             t["B_old"] = evidence.weight.new_zeros(site.d_out, n * site.rank)
-            t["alpha_old"] = evidence.weight.new_ones(n)
+            t["alpha_old"] = start.repeat(n)
         return t
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
