@@ -8,7 +8,8 @@ of free numbers.
 
 :summary: Learns a weight per rank on held-out data, drops the small ones, trains the rest
 :equation: dW = s B diag(softmax(alpha)) A; keep ranks with softmax(alpha)_j >= 1/r
-:trap: A step of the search makes four forward and backward passes, or two with order="first".
+:trap: A step of the search makes four passes (order="first": two); your own loop calls
+    optimizer.step(closure).
 :trap: While it searches the update is a weighted mean of its parts: 1/r of LoRA's.
 :trap: Equal weights are exactly 1/r: a threshold without slack would drop every rank.
 :trap: The ranks are only searched; A, B and the optimizer's memory start anew afterwards.

@@ -6,6 +6,7 @@ gradient is taken through one step of the lower level (order="first": not).
 
 :summary: Singular vectors learn from training data, singular values from held-out data
 :equation: dW = s P diag(softmax(l)) Q; P, Q on one part of the data, l on the other
+:trap: A step makes four passes (order="first": two); your own loop calls optimizer.step(closure).
 :trap: Softmax values are never 0, so the update starts at 0 by P = 0, and nothing is pruned.
 :trap: The penalty pulls P and Q to orthonormal whatever the loss says.
 :trap: The paper splits the training data 8 to 2 (on E2E: training and validation data).

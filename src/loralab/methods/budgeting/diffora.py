@@ -73,11 +73,5 @@ class SelectModules(Search):
                 anew(site, choice.expand(-1, site.t["B"].shape[-1]))
 
 
-register(
-    "diffora",
-    "budgeting",
-    __doc__,
-    SelectedModule(),
-    rule=TwoLevel(order="first"),
-    schedule=SelectModules(),
-)
+RULE = TwoLevel(order="first")
+register("diffora", "budgeting", __doc__, SelectedModule(), rule=RULE, schedule=SelectModules())
