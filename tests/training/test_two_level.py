@@ -16,7 +16,7 @@ TRAINED, HELD = [[0, 1, 2], [3, 4], [5], [6, 7, 8]], [[9], [10, 11], [], [12, 13
 
 
 def pack_of(method, **options):
-    """Return slots of the method: two of them, one in first order and a neighbour without levels."""
+    """Return slots of the method, one of them in first order, and one of LoRA."""
     second, first = build(method, **options), build(method, order="first", **options)
     recipes = [second, first, build("lora"), second]
     specs = [SlotSpec(r, RANK, seed=k, targets=TARGETS) for k, r in enumerate(recipes)]

@@ -1,8 +1,7 @@
 """BiLoRA: dW = s P Λ Q; P and Q (lower level) learn from one part of the data, Λ from the other.
 
-Λ is a softmax of free numbers (which the paper recommends), the numbers themselves ("real") or
-their sigmoids, pushed to 0 or 1 by their entropy ("binary"). P and Q have AdaLoRA's penalty. Λ's
-gradient is taken through one step of the lower level (order="first": not).
+Λ is a softmax (the paper's advice), "real", or "binary": sigmoids that entropy pushes to 0 or 1.
+P and Q have AdaLoRA's penalty. Λ's gradient is through one step of P and Q (order="first": not).
 
 :summary: Singular vectors learn from training data, singular values from held-out data
 :equation: dW = s P diag(softmax(l)) Q; P, Q on one part of the data, l on the other
