@@ -10,7 +10,8 @@ from loralab.testing.toy import RANK, TARGETS, ToyModel, ToyTask, toy_loss, toy_
 from loralab.training.schedule import DataOrder
 
 SIZE, STEPS, LR = 4, 12, 1e-2
-SETTINGS = {"alora": {"rounds": 1}}  # each costs two losses per rank
+# A round of ALoRA costs two losses per rank; what AutoLoRA has learnt goes when its search ends.
+SETTINGS = {"alora": {"rounds": 1}, "autolora": {"search": 0.99}}
 NAMES = [
     name
     for name, method in all_methods().items()
@@ -69,6 +70,45 @@ def test_a_step_through_the_training_data_needs_a_closure(method):
     toy_loss(model, batch).backward()
     with pytest.raises(UserError, match=r"call optimizer.step\(closure\), .* order='first'"):
         optimizer.step()
+
+
+def test_whatever_fails_in_a_step_leaves_the_adapter_as_it_was():
+    model, calls = ToyModel(), 0
+    adapter = adapt(model, "bilora", rank=RANK, targets=TARGETS)
+    batch = ToyTask().batch("train", range(8))
+    optimizer = adapter.optimizer(LR, held_out=lambda: toy_loss(model, batch))
+    before = {n: p.detach().clone() for n, p in adapter.named_parameters().items()}
+    gradients = {}
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("out of memory")
+        optimizer.zero_grad()
+        toy_loss(model, batch).backward()
+        if calls == 1:
+            gradients.update({n: p.grad for n, p in adapter.named_parameters().items()})
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    for name, p in adapter.named_parameters().items():
+        assert torch.equal(p, before[name]) and p.grad is gradients[name], name
+
+
+def test_dropout_is_the_same_on_both_sides_of_the_difference():
+    model, seen = ToyModel(), []
+    adapter = adapt(model, "bilora", rank=RANK, targets=TARGETS, dropout=0.5)
+    batch = ToyTask().batch("train", range(8))
+    optimizer = adapter.optimizer(LR, held_out=lambda: toy_loss(model, batch))
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(torch.random.get_rng_state())
+        toy_loss(model, batch).backward()
+
+    optimizer.step(closure)
+    assert len(seen) == 3 and torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
 def test_nothing_is_held_out_after_the_search():

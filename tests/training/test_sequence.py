@@ -75,13 +75,21 @@ def test_contradicting_tasks_are_forgotten_whichever_way_the_metric_runs():
     assert [step for step, _ in outcome.curve] == list(range(1, 61))
 
 
-def test_sd_lora_has_its_magnitudes_in_common_and_restarts_them():
+def test_sd_lora_has_its_magnitudes_in_common_and_restarts_them(monkeypatch):
+    plain, moved = NextDirection.next_task, []
+
+    def spy(self, sites, count):
+        moved.append((sites[0].t["alpha"] != 0.8).all())
+        plain(self, sites, count)
+        assert (sites[0].t["alpha"] == 0.8).all() and (sites[0].t["alpha_old"] == 0.8).all()
+
+    monkeypatch.setattr(NextDirection, "next_task", spy)
     found = train_sequence(ToyModel(), TASKS, [sd_lora(), sd_lora(seed=1)])
+    assert moved == [True, True]
     banks = [bank for _, bank in found.trained.pack.banks()]
     assert len({id(bank.alpha) for bank in banks}) == 1 < len(banks)
     assert len({id(bank.alpha_old) for bank in banks}) == 1
     assert banks[0].alpha_old.shape == (2, 2)
-    assert ((banks[0].alpha_old - 0.8).abs() < 12 * 3e-2 + 1e-6).all()  # of the last task alone
     assert (banks[0].alpha_old != 0.8).all()
 
 

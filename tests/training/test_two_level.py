@@ -112,6 +112,7 @@ def test_the_upper_levels_own_penalty_is_added():
     other = pack_of("bilora", values="binary", gamma_binary=1e-12)
     for one in (pack, other):
         backward(one, TRAINED)
+        assert one.penalty() is not None  # it is added to the training loss
         look(one, PackOptimizer(one))
     for (_, bank), (_, without) in zip(pack.banks(), other.banks(), strict=True):
         if hasattr(bank, "Lambda"):

@@ -95,13 +95,14 @@ class AdapterOptimizer(torch.optim.Optimizer):
         def training(tensors: Sequence[Tensor]) -> list[Tensor | None]:
             assert closure is not None
             before = [p.grad for p in parameters]
-            inner.zero_grad()
-            with torch.enable_grad():
-                closure()
-            found = [p.grad for p in tensors]
-            for p, grad in zip(parameters, before, strict=True):
-                p.grad = grad
-            return found
+            try:
+                inner.zero_grad()
+                with torch.enable_grad():
+                    closure()
+                return [p.grad for p in tensors]
+            finally:
+                for p, grad in zip(parameters, before, strict=True):
+                    p.grad = grad
 
         held_out = gradients_of(self._held_out_loss)
         with torch.enable_grad():

@@ -8,6 +8,7 @@ the learning rate, DARTS (arXiv 1806.09055, eqs. 7 and 8) gives α
 whose second term is the difference of two training gradients, at w ± ε u with ε = 0.01 / |u|.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,16 +28,14 @@ Gradients = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 
 @dataclass(frozen=True)
 class _Level:
-    """Tensors [K', ...], the slots of each and the rate ξ of each in those slots [K']."""
+    """Tensors [K', ...] of the lower level, the slots of each and its rates ξ there [K'].
+
+    A rate is 0 where the slot takes the plain gradient.
+    """
 
     tensors: list[Tensor]
     slots: list[list[int]]
     rates: list[Tensor]
-
-    def add(self, tensor: Tensor, slots: list[int], rate: Tensor) -> None:
-        self.tensors.append(tensor)
-        self.slots.append(slots)
-        self.rates.append(rate)
 
     def times_rate(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Return ξ times the gradients; 0 where there is none."""
@@ -50,6 +49,17 @@ class _Level:
         """Set every tensor to origin + shift."""
         for p, start, by in zip(self.tensors, origin, shift, strict=True):
             torch.add(start, by, out=p)
+
+    @contextlib.contextmanager
+    def movable(self) -> Iterator[list[Tensor]]:
+        """Give copies of the tensors, to which they come back whatever happens."""
+        origin = [p.detach().clone() for p in self.tensors]
+        try:
+            yield origin
+        finally:
+            with torch.no_grad():
+                for p, start in zip(self.tensors, origin, strict=True):
+                    p.copy_(start)
 
 
 def gradients_of(losses: Callable[[], Tensor]) -> Gradients:
@@ -79,66 +89,72 @@ def look_at_held_out(
         held_out: of the losses on held-out data.
         training: of the losses on this step's training data; asked for slots that `unrolls` names.
     """
-    upper, lower = _levels(optimizer, step, lr)
-    if not upper.tensors:
+    learning = list(_learning(optimizer, step))
+    if not learning:
         return
-    origin = [p.detach().clone() for p in lower.tensors]
-    forward = lower.times_rate([p.grad for p in lower.tensors])
-    lower.put(origin, [-by for by in forward])
-    found = list(held_out([*upper.tensors, *lower.tensors]))
-    n = len(upper.tensors)
-    direct = [_or_zero(g, p) for p, g in zip(upper.tensors, found[:n], strict=True)]
-    if lower.tensors:
-        u = lower.times_rate(found[n:])
-        second = _mixed(upper, lower, origin, u, optimizer.pack.size, training)
-        direct = [g - part for g, part in zip(direct, second, strict=True)]
-    for p, g, own in zip(upper.tensors, direct, _penalties(optimizer, upper.tensors), strict=True):
+    upper = [
+        (p, group.slots)
+        for group in learning
+        for state in group.states
+        for name, p in state.t.items()
+        if name in group.rule.held_out
+    ]
+    above, lower = [p for p, _ in upper], _lower_level(optimizer, step, lr)
+    with lower.movable() as origin:
+        lower.put(origin, [-by for by in lower.times_rate([p.grad for p in lower.tensors])])
+        found = list(held_out([*above, *lower.tensors]))
+        total = [_or_zero(g, p) for p, g in zip(above, found[: len(above)], strict=True)]
+        if lower.tensors:
+            u = lower.times_rate(found[len(above) :])
+            second = _mixed(upper, lower, origin, u, torch.zeros_like(lr), training)
+            total = [g - part for g, part in zip(total, second, strict=True)]
+    for p, g, own in zip(above, total, _penalties(optimizer, above), strict=True):
         p.grad = g if own is None else g + own
 
 
 def _mixed(
-    upper: _Level,
+    upper: Sequence[tuple[Tensor, list[int]]],
     lower: _Level,
     origin: Sequence[Tensor],
     u: Sequence[Tensor],
-    n_slots: int,
+    squares: Tensor,
     training: Gradients,
 ) -> list[Tensor]:
-    """Return ∇²_{α,w} L_train u for every upper tensor; leaves the lower level at its origin."""
-    squares = upper.rates[0].new_zeros(n_slots)
+    """Return ∇²_{α,w} L_train u for every upper tensor; `squares` is a zero per slot."""
     for by, slots in zip(u, lower.slots, strict=True):
         squares[slots] += wide(by).flatten(1).square().sum(1).to(squares.dtype)
     norm = squares.sqrt()
-    epsilon = torch.where(norm > 0, RADIUS / norm, torch.zeros_like(norm))
-    found = []
+    epsilon = torch.where(norm > 0, RADIUS / norm, 0.0)
+    cuda = [squares.device] if squares.is_cuda else []
+    above, found = [p for p, _ in upper], []
     for sign in (1, -1):
         steps = zip(u, lower.slots, strict=True)
         lower.put(origin, [sign * per_slot(epsilon[s], by).to(by.dtype) * by for by, s in steps])
-        found.append(training(upper.tensors))
-    lower.put(origin, [torch.zeros_like(start) for start in origin])
+        # Both draw the same dropout, or the difference would be that of two masks.
+        with torch.random.fork_rng(cuda, enabled=sign == 1):
+            found.append(training(above))
     return [
         (_or_zero(plus, p) - _or_zero(minus, p)) * per_slot(norm[s] / (2 * RADIUS), p).to(p.dtype)
-        for p, s, plus, minus in zip(upper.tensors, upper.slots, *found, strict=True)
+        for (p, s), plus, minus in zip(upper, *found, strict=True)
     ]
 
 
-def _levels(optimizer: PackOptimizer, step: int, lr: Tensor) -> tuple[_Level, _Level]:
-    """Return the upper level's tensors, and the lower level's of slots whose Rule unrolls."""
-    learning = list(_learning(optimizer, step))
-    through = unrolls(optimizer, step)
-    upper, lower = _Level([], [], []), _Level([], [], [])
+def _lower_level(optimizer: PackOptimizer, step: int, lr: Tensor) -> _Level:
+    """Return the tensors of the lower level in slots whose Rule unrolls."""
+    through, found = unrolls(optimizer, step), _Level([], [], [])
     for group in optimizer.groups:
-        own = lr.new_tensor([float(through[k]) for k in group.slots]) * lr[group.slots]
+        mask = [float(through[k]) for k in group.slots]
+        if not any(mask):
+            continue
+        own = lr.new_tensor(mask) * lr[group.slots]
         own = own * group.schedule.lr_factor(step, optimizer.planned(step))
         for state in group.states:
             for name, p in state.t.items():
-                rate = own * group.rule.lr_ratio(name)
-                if name in group.rule.held_out:
-                    if group in learning:
-                        upper.add(p, group.slots, rate)
-                elif any(through[k] for k in group.slots):
-                    lower.add(p, group.slots, rate)
-    return upper, lower
+                if name not in group.rule.held_out:
+                    found.tensors.append(p)
+                    found.slots.append(group.slots)
+                    found.rates.append(own * group.rule.lr_ratio(name))
+    return found
 
 
 def _learning(optimizer: PackOptimizer, step: int) -> Iterator[Group]:
@@ -149,7 +165,9 @@ def _learning(optimizer: PackOptimizer, step: int) -> Iterator[Group]:
 
 
 def _penalties(optimizer: PackOptimizer, upper: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradients of the Forms' own penalties."""
+    """Return the gradients of the Forms' own penalties, where the training loop asks for these."""
+    if not optimizer.pack.asked_penalty:
+        return [None] * len(upper)
     states = [s for g in optimizer.groups if g.rule.held_out for s in g.states]
     with torch.enable_grad():
         found = [s._bank.penalty() for s in states if isinstance(s, BankState)]

@@ -2,8 +2,8 @@
 per rank-1 part; α follows held-out data, A and B the training data (two levels). Then the parts
 with α_j < 1/r are dropped and the rest is trained anew without weights.
 
-α's gradient is taken through one step of the lower level, as in the paper and the authors' search
-(run_glue_search.py), or not, as in their fine-tuning (lora_glue.py): order="first". α is a softmax
+α's gradient is taken through one plain gradient step of the lower level (in the authors' search,
+run_glue_search.py, a step of Adam), or not, as in their lora_glue.py: order="first". α is a softmax
 of free numbers.
 
 :summary: Learns a weight per rank on held-out data, drops the small ones, trains the rest
