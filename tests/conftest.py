@@ -1,4 +1,4 @@
-"""A seed for the tests that draw at random, the same in all workers of a run and shown above it."""
+"""A seed for the tests that draw at random, one for all workers of a run and told at its end."""
 
 import os
 import random
@@ -8,5 +8,6 @@ def pytest_configure(config):
     os.environ.setdefault("LORALAB_SPACE_SEED", str(random.randrange(10**6)))
 
 
-def pytest_report_header(config):
-    return f"random recipes: LORALAB_SPACE_SEED={os.environ['LORALAB_SPACE_SEED']} repeats them"
+def pytest_terminal_summary(terminalreporter):
+    seed = os.environ["LORALAB_SPACE_SEED"]
+    terminalreporter.write_line(f"random recipes: LORALAB_SPACE_SEED={seed} repeats them")

@@ -51,5 +51,6 @@ def test_bibtex_is_balanced_and_escaped():
         assert not re.search(r"(?<!\\)[&%$#_]", entry.bibtex.split("\n", 1)[1])
         assert entry.source and len(entry.paper.authors) > 3
     keys = [entry.key for entry in citations(all_methods())]
-    assert len(set(keys)) == len(keys) == len(all_methods()) - 3  # three papers have two methods
+    papers = {(m.paper.title, m.paper.arxiv) for m in all_methods().values()}
+    assert len(set(keys)) == len(keys) == len(papers) < len(all_methods())  # some have two methods
     assert citation(all_methods()["lora"]).url == "https://arxiv.org/abs/2106.09685"

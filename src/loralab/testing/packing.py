@@ -14,7 +14,6 @@ from loralab.testing.toy import (
     ToyModel,
     inputs,
     kinds,
-    main_kinds,
     moved,
     on_every_kind,
     slot_tensors,
@@ -100,7 +99,7 @@ def check_divergence_stays_alone(name: str | Recipe, kind: str) -> None:
 
 def check_any_slot_saves_and_loads(name: str | Recipe) -> None:
     """The file of a pack's last slot gives its outputs alone, and in the place of another slot."""
-    for kind in main_kinds(name):
+    for kind in kinds(name):
         _check_saved_slot(name, kind)
 
 

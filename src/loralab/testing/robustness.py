@@ -168,8 +168,9 @@ def check_quantized_bases(name: Name) -> None:
 def _check_quantized(name: Name, kind: str, code: str) -> None:
     model, dense = (ToyModel(torch.float64, kind) for _ in range(2))
     quantize(model, code, TARGETS)
-    for at in TARGETS:
-        dense.get_submodule(at).weight.data.copy_(model.get_submodule(at).weight)  # type: ignore
+    for at, module in model.named_modules():
+        if at.endswith(TARGETS):
+            dense.get_submodule(at).weight.data.copy_(module.weight)  # type: ignore
     x = inputs(torch.bfloat16)
     bits, bare = _state(model), model(x)
     ours, oracle = (_move(toy_adapter(name, m)) for m in (model, dense))

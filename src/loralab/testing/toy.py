@@ -35,18 +35,21 @@ class ToyModel(nn.Module):
 
     Args:
         kind: what the adaptable layers are: "Linear", "Conv1D" (transformers', which stores W
-            transposed), "Conv2d" or "Embedding"; or "Block" for Linear layers in a module of their
-            own, as feed-forward layers are.
+            transposed; two blocks of them, so that layers share names and blocks differ in depth),
+            "Conv2d" or "Embedding"; or "Block" for Linear layers in a module of their own, as
+            feed-forward layers are.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, kind: str = "Linear") -> None:
         super().__init__()
         self.kind = kind
-        layers = _LAYERS["Linear" if kind == "Block" else kind]()
-        if kind == "Block":
-            self.mlp = _Block(layers)
+        make = _LAYERS["Linear" if kind == "Block" else kind]
+        if kind == "Conv1D":
+            self.layers = nn.Sequential(_Block(make()), _Block(make()))
+        elif kind == "Block":
+            self.mlp = _Block(make())
         else:
-            self.up, self.mid, self.down = layers
+            self.up, self.mid, self.down = make()
         self.head = nn.Linear(N_IN, N_CLASSES)
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -65,6 +68,8 @@ class ToyModel(nn.Module):
             y = torch.tanh(self.up(x.unflatten(-1, (2, 4)).movedim(-2, 1)))
             y = self.down(torch.tanh(self.mid(y))).mean(-1).mT
             return self.head(x + y[:, : x.shape[1]])
+        if self.kind == "Conv1D":
+            return self.head(x + self.layers(x))
         if self.kind == "Block":
             return self.head(x + self.mlp(x))
         return self.head(x + _chain(self, x))
@@ -157,9 +162,9 @@ def kinds(name: str | Recipe) -> list[str]:
 
 
 def main_kinds(name: str | Recipe) -> list[str]:
-    """Return the first of `kinds`, and the block of those that route whole blocks."""
+    """Return the first of `kinds`, the one of two blocks, and that of whole routed blocks."""
     first, *others = kinds(name)
-    return [first, *(kind for kind in others if kind == "Block")]
+    return [first, *(kind for kind in others if kind in ("Conv1D", "Block"))]
 
 
 def on_every_kind(check: Callable[[Any, str], None]) -> Callable[[Any], None]:
