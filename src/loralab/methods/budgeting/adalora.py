@@ -1,6 +1,6 @@
 """AdaLoRA, arXiv 2303.10512: dW = s P Λ Q (eq. 3), γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²) (eq. 4), and a
 global budget of triplets, b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))³ (section
-3.3).
+3.3), as in the authors' code: eq. 12 prints t - t_i - t_f, which would jump at both ends.
 
 The form and the importance S_i (section 3.2) are in `_svd.py`. The paper masks to the end of
 training; here the triplets outside the final pattern, and their part of γ's term, are dropped as
@@ -15,9 +15,9 @@ soon as it is fixed, so that the last half of the run computes and stores only w
 :title: AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning
 :authors: Qingru Zhang, Minshuo Chen, Alexander Bukharin, Nikos Karampatziakis, Pengcheng He, Yu
     Cheng, Weizhu Chen, Tuo Zhao
-:source: arXiv 2303.10512, 2023: eqs. 3 and 4, sections 3.2 and 3.3
-:verified: authors' code (QingruZhang/AdaLoRA) for importance and budget, equality with installed
-    PEFT for the form, the survey for the squared penalty
+:source: arXiv 2303.10512, 2023: eqs. 3, 4 and 7 to 12, sections 3.2 and 3.3
+:verified: paper (sections 3 and 4, appendix A) and authors' code (QingruZhang/AdaLoRA), equality
+    with installed PEFT for the form
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""AutoLoRA, arXiv 2403.09113, section 3: dW = s Σ_j α_j b_j a_jᵀ, α ≥ 0 and Σ_j α_j = 1, one weight
+"""AutoLoRA, arXiv 2403.09113, section 4: dW = s Σ_j α_j b_j a_jᵀ, α ≥ 0 and Σ_j α_j = 1, one weight
 per rank-1 part; α follows held-out data, A and B the training data (two levels). Then the parts
 with α_j < 1/r are dropped and the rest is trained anew without weights.
 
@@ -16,9 +16,10 @@ of free numbers.
 :trap: The paper retrains on training and held-out data together; here the split stays.
 :title: AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation Based on Meta Learning
 :authors: Ruiyi Zhang, Rushi Qiang, Sai Ashish Somayajula, Pengtao Xie
-:source: arXiv 2403.09113, 2024: section 3
+:source: arXiv 2403.09113, 2024: section 4, eqs. 2 to 5
 :verified: authors' code (ruz048/AutoLoRA: loralib/layers.py, run_glue_search.py,
-    finetune/lora_glue.py)
+    finetune/lora_glue.py) and a Korean account of the paper, section by section with its equations;
+    the text itself was not to be had
 """
 
 from collections.abc import Sequence

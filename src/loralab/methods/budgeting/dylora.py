@@ -14,7 +14,8 @@ does. Evaluation uses all r ranks until `Truncate` cuts at another b.
     Adaptation
 :authors: Mojtaba Valipour, Mehdi Rezagholizadeh, Ivan Kobyzev, Ali Ghodsi
 :source: arXiv 2210.07558, 2022: section 4, algorithm 1
-:verified: authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py)
+:verified: authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py) and a reader's
+    notes for the formula; the paper's text was not to be had
 """
 
 from dataclasses import dataclass

@@ -9,14 +9,14 @@ which is what the paper's incremental SVD converges to.
 :trap: The ranks keep their sum, not the parameter count: wide layers may grow.
 :trap: A layer that explains little gets rank 0 and is left out.
 :trap: PEFT (the authors' code) centres the inputs and compares layers by σ²/Σσ²; the paper's SVD is
-    of the inputs as they are, and its ratio divides by Σσ, so that large inputs win ranks.
+    of the inputs as they are, and its ratio divides by Σσ, so that large inputs win ranks. Centring
+    is not offered: it needs the inputs' mean, and what is looked at is mean x xᵀ.
 :trap: Layers with the same input have the same directions; ties go to the earlier layer.
 :title: Parameter Efficient Fine-tuning via Explained Variance Adaptation
 :authors: Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, Marc Peter
     Deisenroth, Sepp Hochreiter
-:source: arXiv 2410.07170, 2024: section 3
-:verified: equality with installed PEFT (the authors' code) on centred inputs, and the survey arXiv
-    2601.22708
+:source: arXiv 2410.07170, 2024: sections 3.2 and 3.5, eq. 6
+:verified: paper (section 3); equality with installed PEFT (the authors' code) on centred inputs
 """
 
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ rate (`times_lr`), and they add 10 mean|g| to the loss and threshold twice, whic
 :title: Sparse Low-rank Adaptation of Pre-trained Language Models
 :authors: Ning Ding, Xingtai Lv, Qiaosen Wang, Yulin Chen, Bowen Zhou, Zhiyuan Liu, Maosong Sun
 :source: arXiv 2311.11696, 2023: section 3, the proximal update of the gate
-:verified: authors' code (TsinghuaC3I/SoRA, src/lora.py and src/sparse_optimizer.py)
+:verified: authors' code (TsinghuaC3I/SoRA: src/*.py); the paper's text was not to be had
 """
 
 from collections.abc import Mapping, Sequence

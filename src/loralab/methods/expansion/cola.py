@@ -3,7 +3,7 @@ optimizer, as Frank-Wolfe's steps do.
 
 The paper merges into W; here the sum is the adapter's own frozen low-rank term. The chain has at
 most three links in the paper, five epochs in all, and gains with each. Links of equal length are
-ours; the ablation with smaller ranks for later links is not offered.
+ours; smaller ranks for later links are not offered, an ablation to save parameters.
 
 :summary: Trains a chain of pairs, each on what the ones before it left over
 :equation: dW = s (B_1 A_1 + ... + B_k A_k), pair i trained in link i

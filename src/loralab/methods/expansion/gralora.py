@@ -10,8 +10,8 @@ The A of one input part lie side by side, so that k thick products replace k² t
 :trap: The hybrid ranks are part of r here and in the authors' code; PEFT adds them to r.
 :title: GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning
 :authors: Yeonjoon Jung, Daehyun Ahn, Hyungjun Kim, Taesu Kim, Eunhyeok Park
-:source: arXiv 2505.20355, 2025: section 3
-:verified: authors' code (SqueezeBits/GraLoRA), equality with installed PEFT
+:source: arXiv 2505.20355, 2025: eq. 5, sections 3.1 and 3.5
+:verified: paper (section 3), authors' code (SqueezeBits/GraLoRA), equality with installed PEFT
 """
 
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ A1_p ∘ A2_q. While r² is small they cost less than a dense dW, and nothing W-
 :trap: (B1 A1 x) ∘ (B2 A2 x) is not (B1 A1 ∘ B2 A2) x.
 :title: FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning
 :authors: Nam Hyeon-Woo, Moon Ye-Bin, Tae-Hyun Oh
-:source: arXiv 2108.06098, 2021: section 2.1, proposition 1
-:verified: survey 2601.22708 and equality with installed PEFT; PEFT zeroes A2, we B2
+:source: arXiv 2108.06098, 2021: section 2.2, proposition 1
+:verified: paper, survey 2601.22708 and equality with installed PEFT; PEFT zeroes A2, we B2
 """
 
 from dataclasses import dataclass

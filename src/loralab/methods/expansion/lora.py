@@ -1,7 +1,7 @@
 """LoRA: h = W0 x + (α / r) B A x, with A random and B = 0.
 
-The paper draws A from a Gaussian; the authors' code, PEFT and later papers draw Kaiming-uniform
-with a = √5, which is U(±1/√n) for n inputs.
+The paper draws A from a Gaussian without saying how wide; the authors' code, PEFT and later papers
+draw Kaiming-uniform with a = √5, which is U(±1/√n) for n inputs, and so is it here.
 
 :summary: A trained pair of thin matrices beside each frozen weight
 :equation: dW = (alpha / r) B A, A ~ U(±1/sqrt(n)), B = 0
@@ -11,7 +11,7 @@ with a = √5, which is U(±1/√n) for n inputs.
 :authors: Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu
     Wang, Weizhu Chen
 :source: arXiv 2106.09685, 2021: eq. 3, section 4.1
-:verified: equality with installed PEFT
+:verified: paper (section 4.1); equality with installed PEFT
 """
 
 import math

@@ -11,7 +11,8 @@ with the parameters of rank r.
 :authors: Pengjie Ren, Chengshun Shi, Shiguang Wu, Mengqi Zhang, Zhaochun Ren, Maarten de Rijke,
     Zhumin Chen, Jiahuan Pei
 :source: arXiv 2402.17263, 2024: section 3
-:verified: authors' code (ChasonShi/MELoRA), the survey arXiv 2601.22708
+:verified: authors' code (ChasonShi/MELoRA), the survey arXiv 2601.22708; the paper's text was not
+    to be had
 """
 
 from collections.abc import Mapping

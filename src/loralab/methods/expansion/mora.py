@@ -13,7 +13,7 @@ layer are repeated, too many are cut off.
 :authors: Ting Jiang, Shaohan Huang, Shengyue Luo, Zihan Zhang, Haizhen Huang, Furu Wei, Weiwei
     Deng, Feng Sun, Qi Zhang, Deqing Wang, Fuzhen Zhuang
 :source: arXiv 2405.12130, 2024: eqs. 6 and 9
-:verified: authors' code (kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py), types 1 and 6
+:verified: paper (section 4) and authors' code (kongds/MoRA, tuners/lora/layer.py), types 1 and 6
 """
 
 import math

@@ -12,7 +12,8 @@ full-rank steps at first; for fine-tuning there are none.
 :title: ReLoRA: High-Rank Training Through Low-Rank Updates
 :authors: Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky
 :source: arXiv 2307.05695, 2023: section 3, algorithm 1
-:verified: authors' code (Guitaricet/relora, training_utils.py) and the survey arXiv 2601.22708
+:verified: authors' code (Guitaricet/relora, training_utils.py) and the survey arXiv 2601.22708; the
+    paper's text was not to be had
 """
 
 from collections.abc import Sequence

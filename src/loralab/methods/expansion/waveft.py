@@ -32,6 +32,7 @@ class WaveFT(SparseForm):
     """Sparse wavelet coefficients.
 
     Args:
+        n: trained entries; PEFT's default (the authors' code), whether the paper's is unknown.
         idwt: False leaves the transform out: a sparse dW, the authors' cheaper ablation.
     """
 

@@ -6,12 +6,12 @@ base for a uniform router only; with residual="exact" the first router's mixture
 :summary: LoRA experts that start from disjoint slices of the weight's singular values
 :equation: B_i = U_i sqrt(S_i / (s rho)), A_i = sqrt(S_i / (s rho)) V_i^T, s = sqrt(3 eta n / d)
 :trap: The rank is that of all experts together, as in the paper.
-:trap: alpha / r multiplies the derived scale; LoRAFactory has ceil(alpha / d) / d instead of it.
+:trap: alpha / r multiplies the derived scale; LoRAFactory's own ceil(alpha / d) / d is not offered.
 :title: Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
     Optimization Alignment
 :authors: Chenghao Fan, Zhenyi Lu, Sichen Liu, Chengfeng Gu, Xiaoye Qu, Wei Wei, Yu Cheng
-:source: arXiv 2502.16894, 2025: section 3, SVD-structured experts and the scaling factor
-:verified: authors' code (Facico/GOAT-PEFT, goat/peta/src/goat/layer.py); survey arXiv 2601.22708
+:source: arXiv 2502.16894, 2025: section 3, eqs. 10 to 19, theorem 3.5 (which writes r for d)
+:verified: paper (G.5's settings too), authors' code (Facico/GOAT-PEFT, peta/src/goat/layer.py)
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ One A is for what the data have in common, N heads B_i are for what differs.
 :title: HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning
 :authors: Chunlin Tian, Zhan Shi, Zhijiang Guo, Li Li, Chengzhong Xu
 :source: arXiv 2404.19245, 2024: eqs. 2 to 4
-:verified: authors' code (Clin0212/HydraLoRA)
+:verified: paper, where eq. 4's W_g is [r, N] but reads x, and authors' code (Clin0212/HydraLoRA)
 """
 
 from dataclasses import dataclass

@@ -14,9 +14,9 @@ and blocks together before it multiplies them; here the blocks' losses are avera
 :title: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts
 :authors: Dengchun Li, Yingzi Ma, Naizheng Wang, Zhengmao Ye, Zhiyuan Cheng, Yinghao Tang, Yan
     Zhang, Lei Duan, Jie Zuo, Cal Yang, Mingjie Tang
-:source: arXiv 2404.15159, 2024: section 3, top-k router and balance loss
-:verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; MoE-PEFT, adapters/mixlora); a is the
-    README's 0.01, the code's class has 0.001
+:source: arXiv 2404.15159, 2024: section 3.2, eqs. 6 to 9
+:verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; MoE-PEFT, adapters/mixlora) and the
+    paper, which has a = 0.01, no division by the sum and only a token's first expert in F
 """
 
 from dataclasses import dataclass

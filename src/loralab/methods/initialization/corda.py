@@ -15,8 +15,8 @@ is to stay). W keeps the rest: the start is anchored, the update is s (B A - B0 
     Parameter-Efficient Fine-tuning
 :authors: Yibo Yang, Xiaojie Li, Zhongzhu Zhou, Shuaiwen Leon Song, Jianlong Wu, Liqiang Nie,
     Bernard Ghanem
-:source: arXiv 2406.05223, 2024: section 3
-:verified: equality with installed PEFT (after the authors' code) and the survey arXiv 2601.22708
+:source: arXiv 2406.05223, 2024: eqs. 2 to 5, sections 3.2 to 3.4
+:verified: paper (section 3); equality with installed PEFT (after the authors' code)
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class CorDA(Start):
     Args:
         mode: "ipm" or "kpm".
         damping: added to C's diagonal in units of its mean, and doubled until C can be inverted
-            (authors' code).
+            (section 3.2).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"covariance"})

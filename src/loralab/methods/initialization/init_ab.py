@@ -13,7 +13,8 @@ tuning study arXiv 2602.04998 subtracts s B0 A0, which is the option `anchored`.
     He, Ruixuan Li
 :source: arXiv 2505.23194, 2025: Init[AB]
 :verified: abstract; a public reading of the paper (papernotes, ICML 2025) for the law 1/n of both
-    variances; bounds from the surveys and the tuning study's code
+    variances; bounds from the surveys and the tuning study's code; the paper's text was
+    not to be had
 """
 
 from dataclasses import dataclass

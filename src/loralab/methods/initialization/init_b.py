@@ -12,7 +12,7 @@ less than LoRA's Init[A], whose A has variance Θ(1/n) and B = 0.
 :authors: Soufiane Hayou, Nikhil Ghosh, Bin Yu
 :source: arXiv 2406.08447, 2024: Init[B]
 :verified: the abstract and the survey arXiv 2601.22708; the law 1/r of B's variance is our reading,
-    the uniform draw LoRA's
+    the uniform draw LoRA's; the paper's text was not to be had
 """
 
 from dataclasses import dataclass

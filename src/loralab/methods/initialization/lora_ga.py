@@ -13,7 +13,8 @@ B by the singular values and scales B alone.
 :title: LoRA-GA: Low-Rank Adaptation with Gradient Approximation
 :authors: Shaowen Wang, Linxi Yu, Jian Li
 :source: arXiv 2407.05000, 2024: section 3 and algorithm 1
-:verified: authors' code (Outsider565/LoRA-GA, lora_ga_init, scale stable)
+:verified: authors' code (Outsider565/LoRA-GA, lora_ga_init, scale stable); the paper's text was not
+    to be had
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,8 @@ W = W_p + W_m, where W_m = U_m S_m V_mᵀ holds the smallest r; B = U_m S_m^½, 
 :trap: A rank-deficient W gives A0 = B0 = 0 in those directions, which never train.
 :title: MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning
 :authors: Hanqing Wang, Yixia Li, Shuo Wang, Guanhua Chen, Yun Chen
-:source: arXiv 2406.09044, 2024: section 3
-:verified: the survey arXiv 2601.22708 and the tuning study arXiv 2602.04998
+:source: arXiv 2406.09044, 2024: eqs. 3 to 5, section 3
+:verified: paper (version 3), the survey arXiv 2601.22708 and the tuning study arXiv 2602.04998
 """
 
 from dataclasses import dataclass

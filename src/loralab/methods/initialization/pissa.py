@@ -10,7 +10,7 @@ the update is s (B A - B0 A0), which is the same function and leaves W as it is.
 :title: PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models
 :authors: Fanxu Meng, Zhaohui Wang, Muhan Zhang
 :source: arXiv 2404.02948, 2024: eqs. 2-4, section 3
-:verified: installed PEFT's code and the survey arXiv 2601.22708
+:verified: paper (eqs. 2 to 5), installed PEFT's code and the survey arXiv 2601.22708
 """
 
 from dataclasses import dataclass

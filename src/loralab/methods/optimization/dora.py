@@ -12,7 +12,7 @@ it constant in the backward pass.
 :authors: Shih-Yang Liu, Chien-Yi Wang, Hongxu Yin, Pavlo Molchanov, Yu-Chiang Frank Wang,
     Kwang-Ting Cheng, Min-Hung Chen
 :source: arXiv 2402.09353, 2024: eqs. 5 and 11
-:verified: equality with installed PEFT (use_dora)
+:verified: paper (sections 4.1 to 4.3); equality with installed PEFT (use_dora)
 """
 
 from dataclasses import dataclass

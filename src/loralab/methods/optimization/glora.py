@@ -15,7 +15,7 @@ default.
 :authors: Arnav Chavan, Zhuang Liu, Deepak Gupta, Eric Xing, Zhiqiang Shen
 :source: arXiv 2306.07967, 2023: section 3, the unified formulation
 :verified: authors' code (Arnav0400/ViT-Slim, GLoRA/layer.py), weight and bias; equality with
-    installed PEFT
+    installed PEFT; the paper's text was not to be had
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ paper's second version (April 2026) corrects the gradient of B, as PEFT does; th
 :authors: Longteng Zhang, Lin Zhang, Shaohuai Shi, Xiaowen Chu, Bo Li
 :source: arXiv 2308.03303, 2023: section 3
 :verified: the survey arXiv 2601.22708 and LoRAFactory's code; `project` by equality with installed
-    PEFT and the second version's abstract
+    PEFT and the second version's abstract; the paper's text was not to be had
 """
 
 from collections.abc import Sequence

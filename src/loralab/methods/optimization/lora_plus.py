@@ -9,7 +9,8 @@ In the infinite-width limit the output moves by Θ(1) only if η_B / η_A grows 
 :title: LoRA+: Efficient Low Rank Adaptation of Large Models
 :authors: Soufiane Hayou, Nikhil Ghosh, Bin Yu
 :source: arXiv 2402.12354, 2024: section 4, λ = 2^4
-:verified: installed PEFT's optimizer and the survey arXiv 2601.22708
+:verified: installed PEFT's optimizer, the survey arXiv 2601.22708 and a reader's notes (Chinese);
+    the paper's text was not to be had
 """
 
 from dataclasses import dataclass

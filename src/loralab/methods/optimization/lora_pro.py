@@ -12,7 +12,7 @@ With AdamW the effect has moments of W's size; what they make of it goes through
 :title: LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
 :authors: Zhengbo Wang, Jian Liang, Ran He, Zilei Wang, Tieniu Tan
 :source: arXiv 2407.18242, 2024: theorems 2.1 and 2.3, algorithms 1 and 2
-:verified: authors' code (mrflogs/LoRA-Pro at 2d8f44a), survey arXiv 2601.22708, tests
+:verified: authors' code (mrflogs/LoRA-Pro at 2d8f44a), survey, tests; the text was not to be had
 """
 
 from collections.abc import Sequence

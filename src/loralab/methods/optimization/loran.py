@@ -2,8 +2,9 @@
 
 A structured perturbation without further parameters. By its abstract the function is to fit the
 accumulated weight updates, so here it acts on B A and can be merged; the survey arXiv 2601.22708
-and LoRAFactory let it act on the branch's output: `LoRANOutput`. The paper (also arXiv 2509.21870)
-was not to be had, nor its a and f; 1 and 1 are LoRAFactory's.
+and LoRAFactory let it act on the branch's output: `LoRANOutput`. The paper was not to be had, nor
+its sequel (Enhancing Low-Rank Adaptation with Structured Nonlinear Transformations, arXiv
+2509.21870), nor their a and f; 1 and 1 are LoRAFactory's.
 
 :summary: A sine-perturbed low-rank product: more rank at LoRA's count
 :equation: dW = s (Z + a sin(f Z) Z), Z = B A
@@ -11,7 +12,7 @@ was not to be had, nor its a and f; 1 and 1 are LoRAFactory's.
 :trap: Near 0 it is LoRA; the perturbation is of second order in B A.
 :title: LoRAN: Improved Low-Rank Adaptation by a Non-Linear Transformation
 :authors: Yinqiao Li, Linqi Song, Hanxu Hou
-:source: Findings of EMNLP 2024, 2024: Sinter, as given by LoRAFactory
+:source: Findings of EMNLP 2024 (sequel: arXiv 2509.21870), 2024: Sinter, as given by LoRAFactory
 :verified: our reading of the abstract for where Sinter acts, LoRAFactory (loran.py) for Sinter; the
     text was not to be had
 """

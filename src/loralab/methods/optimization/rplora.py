@@ -12,9 +12,10 @@ authors' loop lets B see the new A.
     B is small.
 :title: Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models
 :authors: Fangzhao Zhang, Mert Pilanci
-:source: arXiv 2402.02347, 2024: scaled AdamW
+:source: arXiv 2402.02347, 2024: scaled AdamW (page 5 of version 3)
 :verified: authors' code (pilancilab/Riemannian_Preconditioned_LoRA, Mistral-7B), the survey arXiv
-    2601.22708, and equality with installed PEFT's optimizer
+    2601.22708, equality with installed PEFT's optimizer, and an extract of the paper's claims with
+    their pages; the text itself was not to be had
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ gives γ_r ∈ Θ(1/√r). Only the scale differs from LoRA.
 :title: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
 :authors: Damjan Kalajdzievski
 :source: arXiv 2312.03732, 2023: theorem 3.2
-:verified: equality with installed PEFT (use_rslora)
+:verified: equality with installed PEFT (use_rslora); the paper's text was not to be had
 """
 
 from loralab.methods import register

@@ -2,21 +2,22 @@
 
 The present direction is not normalised while it is trained, as in the authors' code: with B = 0 it
 has no norm, and step 0 is the base. All layers have the magnitudes in common, and all of them begin
-each task at 0.8 (the authors' code), which moves the function between tasks. With magnitudes="site"
-each layer has its own, and restart_magnitudes=False lets α_t take the norm over, so that the
-function stays. The variants with falling ranks and with absorbed directions are not offered.
+each task at 0.8 (the authors' code; 1 in the paper), which moves the function between tasks. With
+magnitudes="site" each layer has its own, and restart_magnitudes=False lets α_t take the norm over,
+so that the function stays. Section 3.5's variants, to save parameters, are not offered.
 
 :summary: Continual learning: frozen directions of earlier tasks, magnitudes still trained
 :equation: dW = s (alpha_1 B_1 A_1 / |B_1 A_1|_F + ... + alpha_t B_t A_t)
 :trap: n_tasks must be the length of the sequence; on one task it is LoRA with a trained factor.
 :trap: The old magnitudes go on being trained, the old directions never are.
-:trap: The authors' code divides by |B|_F |A|_F, which is larger than the paper's |B A|_F.
+:trap: The authors' code divides by |B|_F |A|_F, which is larger than the paper's |B A|_F; it is not
+    offered, being a constant of a frozen direction that its trained magnitude takes up.
 :title: SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning
 :authors: Yichen Wu, Hongming Piao, Long-Kai Huang, Renzhen Wang, Wanhua Li, Hanspeter Pfister, Deyu
     Meng, Kede Ma, Ying Wei
 :source: arXiv 2501.13198, 2025: eq. 4, algorithm 1
-:verified: authors' code (backbone/lora.py in a copy of WuYichen-97/SD-Lora-CL) and a detailed
-    public summary; the paper's text was not to be had
+:verified: paper (section 3) and authors' code (backbone/lora.py in a copy of
+    WuYichen-97/SD-Lora-CL)
 """
 
 from collections.abc import Mapping

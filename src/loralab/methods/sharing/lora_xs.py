@@ -11,7 +11,8 @@ Here W = U Σ Vᵀ is [out, in], U_r [out, r] and V_r [r, in] are frozen, and V_
 :title: LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters
 :authors: Klaudia Bałazy, Mohammadreza Banaei, Karl Aberer, Jacek Tabor
 :source: arXiv 2405.17604, 2024: eqs. 2 and 3
-:verified: authors' code (MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py)
+:verified: authors' code (MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py) and TinyLoRA's
+    paper, which restates it; the paper's own text was not to be had
 """
 
 from dataclasses import dataclass

@@ -10,9 +10,9 @@ stretches see the same directions.
 :trap: The chunk's "rectified" start is bounded by all the layer's inputs, not by the chunk's own.
 :title: PRoLoRA: Partial Rotation Empowers More Parameter-Efficient LoRA
 :authors: Sheng Wang, Boyang Xue, Jiacheng Ye, Jiyue Jiang, Liheng Chen, Lingpeng Kong, Chuan Wu
-:source: arXiv 2402.16902, 2024: section 3
-:verified: authors' code (Forence1999/PRoLoRA, modules/chunkwise_sharing_LoRA.py); u, m and n are
-    arguments there, the defaults are LoRAFactory's
+:source: arXiv 2402.16902, 2024: eqs. 4 and 5, section 3.1
+:verified: paper (section 3.1); authors' code (Forence1999/PRoLoRA, chunkwise_sharing_LoRA.py); u, m
+    and n are arguments there, the defaults are LoRAFactory's
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ of the smaller side) are trained. Where the outputs are the smaller side, dW is 
 :title: RandLoRA: Full-rank parameter-efficient fine-tuning of large models
 :authors: Paul Albert, Frederic Z. Zhang, Hemanth Saratchandran, Cristian Rodriguez-Opazo, Anton van
     den Hengel, Ehsan Abbasnejad
-:source: arXiv 2502.00987, 2025: section 4
-:verified: authors' code; equality with installed PEFT, which pairs the random columns otherwise
+:source: arXiv 2502.00987, 2025: eq. 4, section 4.2; the factor 2 / sqrt(n) in table 9
+:verified: paper, authors' code; equality with PEFT, which pairs the random columns otherwise
 """
 
 from collections.abc import Mapping

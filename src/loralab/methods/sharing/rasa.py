@@ -10,9 +10,8 @@ use, each with its own weights D_i. So a layer has r - k + L k ranks at LoRA's p
 :title: RaSA: Rank-Sharing Low-Rank Adaptation
 :authors: Zhiwei He, Zhaopeng Tu, Xing Wang, Xingyu Chen, Zhijie Wang, Jiahao Xu, Tian Liang,
     Wenxiang Jiao, Zhuosheng Zhang, Rui Wang
-:source: arXiv 2503.12576, 2025: section 2
-:verified: abstract and survey arXiv 2601.22708 for the formula, authors' scripts (zwhe99/RaSA) for
-    k and alpha, LoRAFactory for the start of D
+:source: arXiv 2503.12576, 2025: eqs. 5 and 6, section 2
+:verified: paper (sections 2 and 3.2), authors' scripts (zwhe99/RaSA) for k and alpha
 """
 
 from collections.abc import Mapping
@@ -37,7 +36,7 @@ class RaSA(Form):
         k: ranks that each layer gives to the pool; None is r / 8, at least 1 (1, 2 and 4 at the
             authors' ranks 8, 16 and 32).
         weights: how D starts: "balanced" gives half of r to the own ranks and half to the pool, so
-            that s D is α/2 over either count (LoRAFactory); "ones" is the survey's formula.
+            that s D is α/2 over either count (eq. 6); "ones" is the survey's formula.
     """
 
     shared: ClassVar[Mapping[str, str]] = {"A_pool": "kind", "B_pool": "kind"}

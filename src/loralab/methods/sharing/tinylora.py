@@ -10,9 +10,9 @@ The P_i [r, r] are random and frozen, and one v may serve many layers: 13 number
 :trap: Alpha has no effect, and learning rates are far above LoRA's.
 :title: Learning to Reason in 13 Parameters
 :authors: John X. Morris, Niloofar Mireshghallah, Mark Ibrahim, Saeed Mahloujifar
-:source: arXiv 2602.04118, 2026: section 3
-:verified: abstract, a summary that quotes the formula, and equality with installed PEFT from equal
-    bases; PEFT splits S_r between them (sigma_side='both')
+:source: arXiv 2602.04118, 2026: section 4.0.2, the update rule
+:verified: paper (sections 4 and 7) and equality with installed PEFT from equal bases; PEFT splits
+    S_r between them (sigma_side='both')
 """
 
 from collections.abc import Mapping

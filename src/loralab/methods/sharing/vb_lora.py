@@ -5,11 +5,11 @@
 :equation: dW = B A; stretches of A and B are sum_top-k softmax(logits)_s bank_s
 :trap: Only the k largest logits of a stretch get a gradient; which they are changes while training.
 :trap: Step 0 is not the base, as A and B are random; anchored=True subtracts B0 A0.
-:trap: Stored are k weights per stretch, trained are h logits, at ten times the bank's rate.
+:trap: A stretch stores k - 1 weights and k indices; h logits train, at ten times the bank's rate.
 :title: VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks
 :authors: Yang Li, Shaobo Han, Shihao Ji
-:source: arXiv 2405.15179, 2024: section 3
-:verified: equality with installed PEFT, which the authors wrote
+:source: arXiv 2405.15179, 2024: eq. 3.3, sections 3.2 and 3.3
+:verified: paper (sections 3 and 4.1); equality with installed PEFT, which the authors wrote
 """
 
 from collections.abc import Mapping

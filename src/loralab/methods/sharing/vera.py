@@ -11,7 +11,7 @@ One pair A, B serves all adapted layers, cut to each layer's size; a layer train
 :title: VeRA: Vector-based Random Matrix Adaptation
 :authors: Dawid J. Kopiczko, Tijmen Blankevoort, Yuki M. Asano
 :source: arXiv 2310.11454, 2023: eq. 2, section 3.1
-:verified: equality with installed PEFT; the survey's formula
+:verified: equality with installed PEFT; the survey's formula; the paper's text was not to be had
 """
 
 from collections.abc import Mapping
