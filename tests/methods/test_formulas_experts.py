@@ -143,9 +143,9 @@ def test_balance_is_the_switch_transformers(name, k):
     """N Σ f_i P_i by counting; even routing gives k, and routing all to one pair more.
 
     MoLA's f_i is the share of all picks: the sum of the f_i is 1 there, and k for the others.
-    MixLoRA's loss is the mean over blocks.
+    MixLoRA's loss is the mean over blocks, by its authors' code.
     """
-    more = {"contrast": 0.0} if name == "moelora" else {}
+    more = {"moelora": {"contrast": 0.0}, "mixlora": {"load": "all"}}.get(name, {})
     form = build(name, balance=0.5, **more).form
     t, x = at_random(form), draw(4, 20, SITE.d_in)
     n = len(t["W_g"])
@@ -159,6 +159,20 @@ def test_balance_is_the_switch_transformers(name, k):
     assert form.aux_loss(t, x, SITE).item() == pytest.approx(wanted, rel=1e-9)
     even = torch.full((4, 4), 0.25, dtype=torch.float64)
     assert routing.balance(even, routing.chosen(even, 2), {}).item() == pytest.approx(2.0)
+
+
+def test_mixlora_balances_first_experts_against_what_the_router_gives_out():
+    form = build("mixlora", balance=0.5).form
+    t, x = at_random(form), draw(4, 20, SITE.d_in)
+    n = len(t["W_g"])
+    F, P = np.zeros(n), np.zeros(n)
+    for row in x.numpy():
+        p = probabilities(t, row)
+        F[np.argmax(p)] += 1 / len(x)
+        for i in best(p, 2):
+            P[i] += p[i] / len(x)
+    wanted = 0.5 * n * sum(F * P) / SITE.n_layers
+    assert form.aux_loss(t, x, SITE).item() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_base_in_bf16_routes_as_in_fp32():

@@ -1,26 +1,23 @@
 """MixLoRA: experts that are whole feed-forward blocks, chosen per token; plain LoRA in attention.
 
 An expert E_i is the frozen block with LoRA pairs of its own on every layer. Feed-forward layers
-that share no module (BERT, OPT) are a block each. The authors' code averages F and P over tokens
-and blocks together before it multiplies them; here the blocks' losses are averaged.
+that share no module (BERT, OPT) are a block each. Eq. 7 prints no division by the sum, without
+which the block would start at a part of its output. The blocks' balance losses are averaged.
 
 :summary: Top-k experts that are whole feed-forward blocks, and plain LoRA in attention
-:equation: y = sum_(i in top k) w_i E_i(x), w the top k of softmax(W_g x) over their sum; loss +
-    a N sum_i F_i P_i
-:trap: Mixing after each layer is another function: the activation stands between the layers.
-:trap: Every token passes the block k times, the frozen layers too.
+:equation: y = sum_i w_i E_i(x), w the top k of softmax(W_g x) over their sum; + a N sum_i F_i P_i
+:trap: Every token passes the block k times: mixing after each layer is another function.
 :trap: A layer is taken for attention if its name has 'attn' or 'attention' in it.
 :trap: The rank is each expert's: eight experts of rank r have eight times LoRA's parameters.
 :title: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts
 :authors: Dengchun Li, Yingzi Ma, Naizheng Wang, Zhengmao Ye, Zhiyuan Cheng, Yinghao Tang, Yan
     Zhang, Lei Duan, Jie Zuo, Cal Yang, Mingjie Tang
 :source: arXiv 2404.15159, 2024: section 3.2, eqs. 6 to 9
-:verified: authors' code (TUDB-Labs/MixLoRA, mixlora/model.py; MoE-PEFT, adapters/mixlora) and the
-    paper, which has a = 0.01, no division by the sum and only a token's first expert in F
+:verified: paper and authors' code (TUDB-Labs/MixLoRA, mixlora/model.py)
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -29,7 +26,7 @@ from loralab.bounds import Positive
 from loralab.methods import register
 from loralab.methods.expansion.lora import normal, plain_pair
 from loralab.methods.experts._experts import TopK
-from loralab.methods.experts._routing import mix, router, top_k
+from loralab.methods.experts._routing import balance, chosen, mix, router, top_k
 from loralab.recipe import Evidence, Site, Tensors
 
 
@@ -39,6 +36,7 @@ class MixLoRA(TopK):
 
     Args:
         router_std: the router starts from N(0, router_std²).
+        load: eq. 9 counts a token's "first" expert and cuts P to its k; "all" k and no cut (code).
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})
@@ -46,13 +44,13 @@ class MixLoRA(TopK):
     layers: ClassVar[frozenset[str]] = frozenset({"Linear", "Conv1D"})
 
     router_std: Positive = 0.02
+    load: Literal["first", "all"] = "first"
 
     def routes(self, site: Site) -> bool:
-        name = site.name.lower()
-        return "attn" not in name and "attention" not in name
+        return not any(part in site.name.lower() for part in ("attn", "attention"))
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A [N r, in], B [out, N r] = 0, and W_g [N, in] where a block is led; or a pair."""
+        """Return A [N r, in], B = 0, and W_g [N, in] where a block is led; or a pair."""
         if not self.routes(site):
             return plain_pair(site, evidence)
         t = super().init(site, evidence)
@@ -74,7 +72,9 @@ class MixLoRA(TopK):
     def aux_loss(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         if "W_g" not in t:
             return t["A"].new_zeros(t["A"].shape[:-2])
-        return super().aux_loss(t, x, site) / site.n_layers
+        p, k = router(t, x), self.top_k
+        P, F = (p, chosen(p, k)) if self.load == "all" else (p * chosen(p, k), chosen(p, 1))
+        return self.balance * balance(P, F, t) / site.n_layers
 
 
 register("mixlora", "experts", __doc__, MixLoRA())

@@ -15,7 +15,6 @@ from loralab.recipe import Recipe, Schedule, SiteState
 from loralab.training.adamw import per_slot
 
 OLD = frozenset({"A_old", "B_old"})  # the directions of earlier tasks, which are not trained
-MAGNITUDE = 0.8  # of every direction at the start of a task, in the authors' code
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class NextDirection(Schedule):
     """Freeze the present direction and begin another one.
 
     Args:
-        restart_magnitudes: all of them, old and new, begin each further task at 0.8. False goes on
-            with α_t ‖B_t A_t‖_F, which leaves the function as it is; the new one begins at 1.
+        restart_magnitudes: all of them, old and new, begin each further task at 1 (algorithm 1,
+            line 1). False goes on with α_t ‖B_t A_t‖_F, which leaves the function as it is.
     """
 
     singles_out: ClassVar[frozenset[str]] = OLD | {"alpha", "alpha_old"}
@@ -56,7 +55,7 @@ class NextDirection(Schedule):
             site.fixed["B_old"][..., here] = direction
             if self.restart_magnitudes:
                 for name in {"alpha", "alpha_old"} & site.t.keys():  # common ones: the first site's
-                    site.t[name].fill_(MAGNITUDE)
+                    site.t[name].fill_(1.0)
             else:
                 site.t["alpha_old"][..., count - 1] = site.t["alpha"][..., 0] * norm
                 site.t["alpha"].fill_(1.0)

@@ -1,10 +1,10 @@
 """SD-LoRA: frozen, normalised directions of earlier tasks beside the present one (A B is our B A).
 
 The present direction is not normalised while it is trained, as in the authors' code: with B = 0 it
-has no norm, and step 0 is the base. All layers have the magnitudes in common, and all of them begin
-each task at 0.8 (the authors' code; 1 in the paper), which moves the function between tasks. With
-magnitudes="site" each layer has its own, and restart_magnitudes=False lets α_t take the norm over,
-so that the function stays. Section 3.5's variants, to save parameters, are not offered.
+has no norm, and step 0 is the base. All layers have the magnitudes in common (section 4.1), and all
+of them begin each task at 1 (section 3.3; 0.8 in the code), which moves the function between tasks.
+With magnitudes="site" each layer has its own, and restart_magnitudes=False lets α_t take the norm
+over, so that the function stays. Section 3.5's variants, to save parameters, are not offered.
 
 :summary: Continual learning: frozen directions of earlier tasks, magnitudes still trained
 :equation: dW = s (alpha_1 B_1 A_1 / |B_1 A_1|_F + ... + alpha_t B_t A_t)
@@ -16,7 +16,7 @@ so that the function stays. Section 3.5's variants, to save parameters, are not 
 :authors: Yichen Wu, Hongming Piao, Long-Kai Huang, Renzhen Wang, Wanhua Li, Hanspeter Pfister, Deyu
     Meng, Kede Ma, Ying Wei
 :source: arXiv 2501.13198, 2025: eq. 4, algorithm 1
-:verified: paper (section 3) and authors' code (backbone/lora.py in a copy of
+:verified: paper (sections 3 and 4.1) and authors' code (backbone/lora.py in a copy of
     WuYichen-97/SD-Lora-CL)
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from loralab.bounds import Count
 from loralab.methods import register
 from loralab.methods.expansion.lora import Pair
-from loralab.methods.optimization._directions import MAGNITUDE, OLD, NextDirection
+from loralab.methods.optimization._directions import OLD, NextDirection
 from loralab.recipe import Evidence, Site, Tensors
 
 
@@ -56,13 +56,12 @@ class Directions(Pair):
         return dict.fromkeys(names, "model") if self.magnitudes == "model" else {}
 
     def init(self, site: Site, evidence: Evidence) -> Tensors:
-        """Return A, B and alpha [1] = 0.8, and room for the directions of n_tasks - 1 tasks."""
-        start = evidence.weight.new_full((1,), MAGNITUDE)
-        t = super().init(site, evidence) | {"alpha": start}
+        """Return A, B and alpha [1] = 1, and room for the directions of n_tasks - 1 tasks."""
+        t = super().init(site, evidence) | {"alpha": evidence.weight.new_ones(1)}
         if n := self.n_tasks - 1:
             t["A_old"] = evidence.weight.new_zeros(n * site.rank, site.d_in)
             t["B_old"] = evidence.weight.new_zeros(site.d_out, n * site.rank)
-            t["alpha_old"] = start.repeat(n)
+            t["alpha_old"] = evidence.weight.new_ones(n)
         return t
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor]:
