@@ -110,27 +110,23 @@ def outcome(model, x, tensors):
     return y, grads[0], grads[1:]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_same_tensors_same_output_and_gradients(case, shape):
-    method, settings, config, read = CASES[case]
-    config.target_modules = ["layer"]
-    theirs = peft.get_peft_model(One(*shape), config)
-    layer = theirs.base_model.model.layer
-    g = torch.Generator().manual_seed(3)
+def move(model, g):
+    """Take a PEFT model away from its start."""
     with torch.no_grad():
-        for p in theirs.parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=g) * 0.3)
-    ours = adapt(One(*shape), method, rank=R, alpha=ALPHA, **settings)
+
+
+def agree(ours, theirs, read, g):
+    """PEFT's tensors copied into ours: the same output, gradients and merged weight."""
+    layer = theirs.base_model.model.layer
     (_, bank), trained = next(ours.pack.banks()), ours.named_parameters()
-    source = read(layer)
     with torch.no_grad():
-        assert set(bank.names) == set(source)
-        for name, value in source.items():
+        for name, value in read(layer).items():
             own = getattr(bank, name)
             own.copy_(value[tuple(slice(k) for k in own.shape[1:])])
-    x = torch.randn(3, 5, shape[0], generator=g)
+    x = torch.randn(3, 5, bank.site.d_in, generator=g)
     y, dx, grads = outcome(ours.model, x, [getattr(bank, n) for n in bank.trained])
     leaves = [p for p in theirs.parameters() if p.requires_grad]
     y2, dx2, grads2 = outcome(theirs, x, leaves)
@@ -148,6 +144,19 @@ def test_same_tensors_same_output_and_gradients(case, shape):
     merged = ours.merge().layer.weight
     wanted = theirs.merge_and_unload().layer.weight
     torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_tensors_same_output_and_gradients(case, shape):
+    method, settings, config, read = CASES[case]
+    config.target_modules = ["layer"]
+    theirs = peft.get_peft_model(One(*shape), config)
+    g = torch.Generator().manual_seed(3)
+    move(theirs, g)
+    ours = adapt(One(*shape), method, rank=R, alpha=ALPHA, **settings)
+    assert set(next(ours.pack.banks())[1].names) == set(read(theirs.base_model.model.layer))
+    agree(ours, theirs, read, g)
 
 
 def test_pinned_difference_randlora_pairs_other_columns():

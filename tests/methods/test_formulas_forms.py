@@ -131,6 +131,19 @@ def test_penalty_is_the_papers():
         assert form.penalty(t, site)[k].item() == pytest.approx(wanted)
 
 
+def test_adalora_starts_from_normal_vectors_of_deviation_one_fiftieth():
+    """N(0, 0.02²) and λ = 0, at the form's own and not the rank's size."""
+    W = torch.zeros(300, 200)
+    t = build("adalora").form.init(Site("s", 200, 300, 40), Evidence(W, 1.0, 0, "s"))
+    assert t["P"].shape == (300, 60) and t["Q"].shape == (60, 200)
+    for vectors in (t["P"], t["Q"]):
+        assert vectors.std().item() == pytest.approx(0.02, rel=0.03)
+        assert vectors.mean().item() == pytest.approx(0, abs=1e-3)
+        # Normal, not uniform of that deviation: 3 for the first, 9/5 for the second.
+        assert (vectors / 0.02).pow(4).mean().item() == pytest.approx(3, abs=0.3)
+    assert torch.equal(t["Lambda"], torch.zeros(60))
+
+
 class Unsized(SiteState):
     """A site that keeps its size, so that every triplet stays in its place."""
 

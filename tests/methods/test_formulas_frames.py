@@ -692,9 +692,9 @@ def test_qpissa_quantises_the_residual_that_peft_makes():
     residual = layer.base_layer.weight.detach()
     found = dequantize(t["codes"], t["absmax"], (M, N))
     wanted = dequantize(*quantize_nf4(residual), (M, N))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     pair = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    torch.testing.assert_close(t["B"] @ t["A"], pair, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(t["B"] @ t["A"], pair, rtol=1e-5, atol=1e-5)
 
 
 def test_loftq_round_is_peft_s_split_of_the_residual():

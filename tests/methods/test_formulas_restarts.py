@@ -193,6 +193,14 @@ def test_xgblora_moves_rank_one_on_few_layers_and_keeps_what_others_did():
     assert ranks == worked
 
 
+def test_xgbloras_boosters_keep_the_scale_of_the_rank_asked_for():
+    for settings, rank in (({}, 1), ({"booster_rank": None}, R)):
+        run = Run("xgblora", 4, alpha=3.0, every=2, n_layers=1, **settings)
+        for _ in range(3):  # past the first fold, which starts a booster anew
+            assert run.bank.site.rank == rank and run.bank.scale.tolist() == [3.0 / R]
+            run.step()
+
+
 def test_delta_lora_moves_the_weight_by_each_change_after_k():
     """The algorithm's own loop over a moving dense W, for a given walk of A and B."""
     run, s, lam, K = Run("delta_lora", 100, alpha=3.0, start_steps=2), 1.5, 2.0, 2

@@ -154,6 +154,32 @@ def test_rplora_is_adamw_on_scaled_gradients():
         np.testing.assert_allclose(t[n][0], x, rtol=1e-8, atol=1e-10)
 
 
+def test_rplora_solves_by_cholesky_for_all_slots_at_once(monkeypatch):
+    """Two calls for a site, one for each factor; no pseudo-inverse, which is slow and hides NaN."""
+
+    def refused(*_, **__):
+        raise AssertionError("not by Cholesky")
+
+    shapes, cholesky = [], torch.linalg.cholesky_ex
+
+    def counted(S, **more):
+        shapes.append(S.shape)
+        return cholesky(S, **more)
+
+    for owner, name in [(torch, "pinverse"), (torch, "inverse"), (torch.Tensor, "pinverse")]:
+        monkeypatch.setattr(owner, name, refused)
+    for name in ("pinv", "inv", "solve", "lstsq", "svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, refused)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
+    t = pair(k=3)
+    before = {n: x.clone() for n, x in t.items()}
+    site = state(t)
+    site.g = {n: torch.ones_like(x) for n, x in t.items()}
+    build("rplora").rule.step([site], hyper(0.1, k=3))
+    assert shapes == [(3, R, R)] * 2
+    assert all((t[n] != before[n]).all() for n in t)
+
+
 def test_rplora_equals_pefts_optimizer_and_differs_by_its_damping():
     peft = pytest.importorskip("peft")
     riemannian = pytest.importorskip("peft.optimizers.riemannian")

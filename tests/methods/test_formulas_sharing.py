@@ -225,6 +225,20 @@ def test_svd_bases_options_and_the_papers_sides():
         SVDBases(part="bottom", niter=2)
 
 
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120)], ids=str)
+def test_randlora_starts_from_bases_of_unit_variance(shape):
+    """Each of A and B by itself; LoRAFactory divides B by A's deviation, which is 1 by then."""
+    site = Site("s", shape[1], shape[0], 40)
+    t = build("randlora").form.init(site, Evidence(torch.zeros(shape), 1.0, 0, "s"))
+    assert t["A"].shape == (40, 120) and t["B"].shape == (200, 3 * 40)
+    for bases in (t["A"], t["B"]):  # U(±√3)
+        assert bases.std().item() == pytest.approx(1, abs=0.02)
+        assert bases.mean().item() == pytest.approx(0, abs=0.05)
+        assert 0.99 * 3**0.5 < bases.abs().max() <= 3**0.5
+    assert torch.equal(t["Lambda"], torch.zeros(3, 40))
+    assert torch.equal(t["Gamma"], torch.full((3, 120), 1 / 120))
+
+
 def test_lora_xs_starts_from_a_trace():
     W = torch.randn(30, 20, dtype=torch.float64)
     assert not start_of("lora_xs", W, sigma=0.0)["R"].any()
