@@ -23,7 +23,8 @@ class WithReserve(ByImportance):
     state["main"] [K, b] is 1 for those in use; state["alive"] is 1 for the reserve too.
 
     Args:
-        add: triplets of one increase and of the reserve; None takes half the rank asked for.
+        add: triplets of one increase and of the reserve; None takes half the rank asked for, as
+            IncreLoRA's code does. Its paper has a single one (section 3.3).
         warmup: fraction of the run over which a new parameter's step grows to its full size.
     """
 

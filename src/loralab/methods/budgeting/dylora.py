@@ -13,9 +13,9 @@ does. Evaluation uses all r ranks until `Truncate` cuts at another b.
 :title: DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank
     Adaptation
 :authors: Mojtaba Valipour, Mehdi Rezagholizadeh, Ivan Kobyzev, Ali Ghodsi
-:source: arXiv 2210.07558, 2022: section 4, algorithm 1
-:verified: authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py) and a reader's
-    notes for the formula; the paper's text was not to be had
+:source: arXiv 2210.07558, 2022: section 4, eqs. 5, 7, 9 and 10, algorithm 1
+:verified: authors' code (huawei-noah/Efficient-NLP, DyLoRA/loralib and run_glue.py) and a public
+    reading of the paper with the equations' numbers; the text itself was not to be had
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class DyLoRA(Form):
 
     Args:
         last_only: train only the b-th rank of the b in use.
-        p: None for the uniform p_B; else that of the geometric one, (1-p)^(b-1) p cut at r.
+        p: None for the uniform p_B; else the geometric one's, (1-p)^(b-1) p cut at r (paper: 0.15).
     """
 
     pair: ClassVar[bool] = True

@@ -4,7 +4,7 @@ Every Δ steps the k triplets of each module with the least S_i (AdaLoRA's) are 
 = round(b (1 - progress³)) least important of all of them go, and the modules of the b(t) most
 important get a new one each. k, b, Δ and the phases follow most of the authors' scripts. There a
 new λ is at most 1e-13 (here 0), the optimizer is made anew (here what stays keeps its moments), and
-the penalty averages unsquared norms (here it is AdaLoRA's, far stronger).
+the penalty averages unsquared norms (here it is the paper's and AdaLoRA's, far stronger).
 
 :summary: Prunes ranks in some modules and adds as many in others while training
 :equation: dW = s P diag(l) Q; move b(t) ranks from the least to the most important modules
@@ -12,8 +12,8 @@ the penalty averages unsquared norms (here it is AdaLoRA's, far stronger).
 :title: ElaLoRA: Elastic & Learnable Low-Rank Adaptation for Efficient Model Fine-Tuning
 :authors: Huandong Chang, Zicheng Ma, Mingyuan Ma, Zhenting Qi, Andrew Sabot, Hong Jiang, H. T. Kung
 :source: arXiv 2504.00254, 2025: importance, pruning and expansion of the method's section
-:verified: the abstract and the authors' code (a copy, Dr-rer-nat-Who/meh: elalora.py and its
-    scripts); the paper's text was not to be had
+:verified: a Korean account of the paper's method and the authors' code (a copy,
+    Dr-rer-nat-Who/meh: elalora.py and its scripts); the text itself was not to be had
 """
 
 from collections.abc import Sequence

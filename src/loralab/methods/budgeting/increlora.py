@@ -14,9 +14,10 @@ reserve in use, whose P and Q learn ahead under λ = 1e-5 (`_reserve.py`), and g
 :trap: New parameters need their own warm-up, for the rate has long left its own.
 :title: IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning
 :authors: Feiyu Zhang, Liangzhi Li, Junhao Chen, Zhouqiang Jiang, Bowen Wang, Yiming Qian
-:source: arXiv 2308.12043, 2023: the method's section (importance, advance learning, warm-up)
-:verified: authors' code (FeiyuZhang98/IncreLoRA, loralib/increlora.py); importance from sums of
-    rows and columns; the paper's text was not to be had
+:source: arXiv 2308.12043, 2023: sections 3.1 to 3.3, eqs. 3 to 8
+:verified: authors' code (FeiyuZhang98/IncreLoRA, loralib/increlora.py) and a Korean account of the
+    paper, section by section with its equations; importance from sums of rows and columns; the
+    text itself was not to be had
 """
 
 from collections.abc import Sequence

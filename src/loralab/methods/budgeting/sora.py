@@ -10,8 +10,8 @@ rate (`times_lr`), and they add 10 mean|g| to the loss and threshold twice, whic
 :trap: As a term of the loss under Adam the threshold would never give exact zeros.
 :title: Sparse Low-rank Adaptation of Pre-trained Language Models
 :authors: Ning Ding, Xingtai Lv, Qiaosen Wang, Yulin Chen, Bowen Zhou, Zhiyuan Liu, Maosong Sun
-:source: arXiv 2311.11696, 2023: section 3, the proximal update of the gate
-:verified: authors' code (TsinghuaC3I/SoRA: src/*.py); the paper's text was not to be had
+:source: arXiv 2311.11696, 2023: section 3, without the scheduler that raises ξ (algorithm 1)
+:verified: authors' code and issue 1 (TsinghuaC3I/SoRA: src/*.py); the text was not to be had
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ ours; smaller ranks for later links are not offered, an ablation to save paramet
 :trap: With one link it is LoRA.
 :title: Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning
 :authors: Wenhan Xia, Chengwei Qin, Elad Hazan
-:source: arXiv 2401.04151, 2024: section 3.2, algorithm 1
+:source: arXiv 2401.04151, 2024: section 3.2, algorithm 1; section 6.2 for the lengths
 :verified: the abstract, the survey arXiv 2601.22708 and a public section-by-section note of the
     paper, whose own text was not to be had
 """

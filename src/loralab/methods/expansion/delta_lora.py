@@ -8,12 +8,13 @@ dW = s [B A + λ (B̄ Ā - B_K A_K)], where the bars say that no gradient flows.
 :equation: W <- W + lambda s (B' A' - B A) at each step after K; dW = that motion + s B A
 :trap: The gradient of A and B is LoRA's, not (1 + lambda) times it: W's motion is a constant.
 :trap: The changes telescope: the motion has rank 2 r at most.
-:trap: Within the first K steps it is LoRA; the paper's 500 suit its long runs.
+:trap: Within the first K steps it is LoRA; the paper's 500 (XSum: 1000) suit its long runs.
 :trap: The paper trains it without dropout, so that W and the pair see the same input.
 :title: Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices
 :authors: Bojia Zi, Xianbiao Qi, Lingzhi Wang, Jianan Wang, Kam-Fai Wong, Lei Zhang
-:source: arXiv 2309.02411, 2023: algorithm 1
-:verified: abstract and LoRAFactory, which quotes the algorithm; the paper's text was not to be had
+:source: arXiv 2309.02411, 2023: section 4, eq. 6, algorithm 1; sections 5.2 and 5.3 for λ and K
+:verified: a Korean account of the paper, section by section with its equations, and LoRAFactory,
+    which quotes the algorithm; the text itself was not to be had
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from loralab.recipe import Evidence, Schedule, Site, SiteState, Tensors
 
 @dataclass(frozen=True)
 class DeltaLoRA(Pair):
-    """A pair, and the motion that it hands on to W: `ratio`, λ, times its own; 2 in the paper."""
+    """A pair, and what it hands on to W: λ (`ratio`; 2 on E2E, 0.5 on GLUE) times its motion."""
 
     pair: ClassVar[bool] = False  # an anchor's frozen start, taken from A_K, B_K, would shift it
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B", "A_K", "B_K", "moving"})

@@ -10,9 +10,9 @@ with the parameters of rank r.
 :title: MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient Fine-Tuning
 :authors: Pengjie Ren, Chengshun Shi, Shiguang Wu, Mengqi Zhang, Zhaochun Ren, Maarten de Rijke,
     Zhumin Chen, Jiahuan Pei
-:source: arXiv 2402.17263, 2024: section 3
-:verified: authors' code (ChasonShi/MELoRA), the survey arXiv 2601.22708; the paper's text was not
-    to be had
+:source: arXiv 2402.17263, 2024: section 3, eq. 4 for the rank
+:verified: authors' code (ChasonShi/MELoRA), a public summary of the paper (ACL 2024) and the survey
+    arXiv 2601.22708; the text itself was not to be had
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ class MELoRA(Form):
     """An ensemble of mini pairs.
 
     Args:
-        n_mini: n; 2 in the authors' GLUE script and the survey, 8 with Llama-2.
+        n_mini: n; 2, 4 or 8 on GLUE and 8 to 64 with Llama-2 in the paper, 2 in the survey.
     """
 
     owns: ClassVar[frozenset[str]] = frozenset({"A", "B"})

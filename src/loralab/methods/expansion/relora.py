@@ -11,9 +11,9 @@ full-rank steps at first; for fine-tuning there are none.
 :trap: A restart after the last step would be lost; there is none.
 :title: ReLoRA: High-Rank Training Through Low-Rank Updates
 :authors: Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky
-:source: arXiv 2307.05695, 2023: section 3, algorithm 1
-:verified: authors' code (Guitaricet/relora, training_utils.py) and the survey arXiv 2601.22708; the
-    paper's text was not to be had
+:source: arXiv 2307.05695, 2023: section 3, algorithm 1, figure 2 (the learning rate)
+:verified: authors' code (Guitaricet/relora, training_utils.py), a public reading of the paper's
+    version 4 and the survey arXiv 2601.22708; the text itself was not to be had
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,11 @@ class ReLoRA(Phases):
 
     Args:
         n_restarts: used when `every` is None; 3 to 5 in the survey arXiv 2601.22708.
-        warmup: steps of linear re-warm-up after a restart, at most half a phase.
-        memory: "prune" keeps the largest entries of each moment of A and B (the paper), of the
-            first moment only where the second is kept; "zero" forgets all of the site's memory and
-            its step count.
+        warmup: steps of linear re-warm-up after a restart, at most half a phase; 50 to 100 in the
+            paper, whose phases have 2000 to 5000.
+        memory: "prune" keeps the largest entries of each moment of A and B (algorithm 1 prints A
+            alone), of the first moment only where the second is kept; "zero" forgets all of the
+            site's memory and its step count.
         prune: fraction dropped by magnitude; 0.99 in the paper.
     """
 

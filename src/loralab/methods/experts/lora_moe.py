@@ -14,8 +14,8 @@ I_nm = 1 + δ if expert n and sample m are of one type and 1 - δ if not.
 :authors: Shihan Dou, Enyu Zhou, Yan Liu, Songyang Gao, Jun Zhao, Wei Shen, Yuhao Zhou, Zhiheng Xi,
     Xiao Wang, Xiaoran Fan, Shiliang Pu, Jiang Zhu, Rui Zheng, Tao Gui, Qi Zhang, Xuanjing Huang
 :source: arXiv 2312.09979, 2023: section 3, localized balancing constraint
-:verified: authors' code (Ablustrund/LoRAMoE, peft/tuners/lora.py); the survey arXiv 2601.22708 and
-    CITI for the constraint; the paper's text was not to be had: the loss's weights are unconfirmed
+:verified: public readings of the paper (the constraint, β = δ = 0.1, 3 + 3 experts), authors' code
+    (Ablustrund/LoRAMoE, peft/tuners/lora.py) and issue 3; the text itself was not to be had
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class LoRAMoE(ByDomain):
         n_types: groups of experts; expert n is of type n n_types // N.
         top_k: keep this many experts of a token, as LoRAFactory does; None keeps all.
         balance, imbalance: β and δ.
-        squared_mean: divide σ² by μ² as the authors' code does, whose σ² has n - 1 below, ours n.
+        squared_mean: σ² / μ², as the authors' code (with n - 1 in σ²) and their issue 3 have it.
     """
 
     n_experts: Count = 6

@@ -8,9 +8,10 @@ B A is Σ_i b_i a_iᵀ; the mixer M joins every b_i with every a_j. LoRA is W_mi
 :trap: The product has LoRA's rank; the mixer changes how it is learned, not what it can be.
 :title: Mixture-of-Subspaces in Low-Rank Adaptation
 :authors: Taiqiang Wu, Jiahao Wang, Zhe Zhao, Ngai Wong
-:source: arXiv 2406.11909, 2024: section 3, dW = B W_mix A
-:verified: authors' code (wutaiqiang/MoSLoRA peft/tuners/lora/layer.py) and the survey arXiv
-    2601.22708; the paper's text was not to be had
+:source: arXiv 2406.11909, 2024: sections 3.1 (eq. 7) and 3.2 (the mixer's start)
+:verified: authors' code (wutaiqiang/MoSLoRA peft/tuners/lora/layer.py), a Korean account of the
+    paper, section by section with its equations, and the survey arXiv 2601.22708; the text itself
+    was not to be had
 """
 
 from dataclasses import dataclass
