@@ -192,8 +192,9 @@ def test_the_balance_loss_counts_every_token_once_and_padding_never():
     h = h + x @ (t["q_attn"]["B"] @ t["q_attn"]["A"]).T
     valid = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).double()
     p = (h @ t["mlp.gate"]["W_g"].T).softmax(-1)[valid == 1]
-    chosen = torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0)
-    wanted = 0.01 * 3 * (chosen.mean(0) * p.mean(0)).sum()
+    first = torch.zeros_like(p).scatter(1, p.topk(1).indices, 1.0)
+    given = torch.zeros_like(p).scatter(1, p.topk(2).indices, p.topk(2).values)
+    wanted = 0.01 * 3 * (first.mean(0) * given.mean(0)).sum()
     with pack.given(valid=valid):
         pack.model(x)
     with pack.given(valid=torch.ones_like(valid)):

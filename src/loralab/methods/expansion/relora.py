@@ -33,7 +33,7 @@ class ReLoRA(Phases):
 
     Args:
         n_restarts: used when `every` is None; 3 to 5 in the survey arXiv 2601.22708.
-        warmup: steps of linear re-warm-up after a restart, at most half a phase; 50 to 100 in the
+        warmup: steps of linear re-warm-up after a restart, at most half a phase; 50 (or 100) in the
             paper, whose phases have 2000 to 5000.
         memory: "prune" keeps the largest entries of each moment of A and B (algorithm 1 prints A
             alone), of the first moment only where the second is kept; "zero" forgets all of the
@@ -44,7 +44,7 @@ class ReLoRA(Phases):
     shortest: ClassVar[int] = 1
 
     n_restarts: CountOrZero = 4
-    warmup: CountOrZero = 10
+    warmup: CountOrZero = 50
     memory: Literal["prune", "zero"] = "prune"
     prune: Share = 0.99
 
