@@ -159,8 +159,8 @@ def keep_apart(out: Path, **read: str | Path | None) -> None:
         UserError: `out` is one of these folders.
     """
     for what, ref in read.items():
-        folder = str(ref or "").partition("?")[0]
-        if folder and out.is_dir() and Path(folder).is_dir() and out.samefile(folder):
+        folder = os.path.expanduser(str(ref or "").partition("?")[0])
+        if folder and out.is_dir() and os.path.isdir(folder) and out.samefile(folder):
             raise UserError(
                 f"{out} is the folder of the {what} itself, which the result would overwrite; "
                 "choose another folder"
