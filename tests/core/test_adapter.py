@@ -238,3 +238,22 @@ def test_only_modules_are_adapted_and_only_by_name():
         loralab.adapt(5)
     with pytest.raises(UserError, match="called by name"):
         loralab.adapt(Net(), 5)
+
+
+def test_layers_of_peft_are_no_base():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    for given in (theirs, model):  # PEFT has changed the layers in place
+        with pytest.raises(UserError, match=r"adapter of PEFT's.*merge_and_unload"):
+            loralab.adapt(given, "lora", rank=2)
+    loralab.adapt(theirs.merge_and_unload(), "lora", rank=2)
+
+
+@pytest.mark.parametrize("targets", ["0", ["0", "1"], "all-linear"])
+def test_a_layer_is_adapted_or_trained_whole(targets):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    whole = ["0", "1"] if targets == "all-linear" else "0"
+    with pytest.raises(UserError, match="'0' is in targets and in modules_to_train"):
+        loralab.adapt(model, "lora", rank=2, targets=targets, modules_to_train=whole)
+    loralab.adapt(model, "lora", rank=2, modules_to_train="0")
