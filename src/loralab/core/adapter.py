@@ -158,9 +158,10 @@ class Adapter:
                 on; `step` calls it. Methods of two levels (AutoLoRA, BiLoRA) and those that try
                 ranks out (ALoRA) need it. Its gradients replace those of the upper level's
                 tensors within `step`, after a trainer has clipped. Where they are taken through a
-                step on the training data, call `step(closure)`. It calls the closure three times:
-                do not clip in there, and train nothing else by it. `order="first"` calls it once,
-                for loops that cannot, and on a bf16 base, where the difference is mostly rounding.
+                step on the training data, call `step(closure)`. It calls the closure three times,
+                which must be on the same batch: draw that outside, do not clip in there, and train
+                nothing else by it. `order="first"` calls it once, for loops that cannot, and on a
+                bf16 base, where the difference is mostly rounding.
 
         Raises:
             UserError: lr not positive, a Schedule without n_steps, or no held_out where the method
