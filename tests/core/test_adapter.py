@@ -257,3 +257,39 @@ def test_a_layer_is_adapted_or_trained_whole(targets):
     with pytest.raises(UserError, match="'0' is in targets and in modules_to_train"):
         loralab.adapt(model, "lora", rank=2, targets=targets, modules_to_train=whole)
     loralab.adapt(model, "lora", rank=2, modules_to_train="0")
+
+
+@pytest.mark.parametrize("path", [None, "", 5])
+def test_a_folder_is_named_by_a_path(path):
+    adapter = loralab.adapt(Net(), "lora", rank=2)
+    for call in (adapter.save, adapter.export, lambda p: loralab.load(Net(), p)):
+        with pytest.raises(UserError, match="folder is named by a path"):
+            call(path)
+
+
+def test_models_are_modules(tmp_path):
+    for call in (
+        lambda: loralab.load("x", tmp_path),
+        lambda: loralab.curvature("x", "lora", [{}]),
+        lambda: loralab.quantize("x", "nf4"),
+    ):
+        with pytest.raises(UserError, match=r"an nn\.Module.* not 'x'"):
+            call()
+    with pytest.raises(UserError, match="unknown code 5"):
+        loralab.quantize(Net(), 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": 5}, "pass a list of batches"),
+        ({"data": {"x": X}}, "pass a list of batches"),
+        ({"loss": 5}, r"loss is a function of \(model, batch\), not 5"),
+        ({"loss": lambda m, b: 5.0}, "a tensor of one number, not float"),
+        ({"loss": lambda m, b: m(b)}, r"a tensor of one number, not \["),
+        ({"loss": lambda m, b: m(b).sum().detach()}, "no gradient can be taken"),
+    ],
+)
+def test_data_are_batches_and_a_loss_is_a_scalar(settings, said):
+    with pytest.raises(UserError, match=said):
+        loralab.adapt(Net(), "lora_ga", **{"rank": 2, "data": [X]} | settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from loralab.core.evidence import measure
+from loralab.core.evidence import check_data, measure
 from loralab.core.pack import Pack, SlotSpec
 from loralab.core.stopgrad import stops
 from loralab.curvature.blocks import Block, choose_blocks
@@ -116,6 +116,9 @@ def curvature(
     """
     from loralab.methods import build, get
 
+    if not isinstance(model, nn.Module):
+        raise UserError(f"curvature takes an nn.Module, not {model!r}")
+    check_data(data)
     if way not in WAYS:
         raise UserError(
             f"unknown way {way!r}{near_misses(way, WAYS)}; choose one of {', '.join(WAYS)}"
