@@ -142,6 +142,10 @@ MISTAKES = {
         lambda a, t: ("curvature", *TRAIN[1:-2], "--blocks", "q_prj"),
         ["'q_prj'", "q_proj"],
     ),
+    "error bound that bounds nothing": (
+        lambda a, t: ("curvature", *TRAIN[1:-2], "--rtol", "nan"),
+        ["--rtol", "above 0 and below 1", "nan"],
+    ),
     "way that the method does not allow": (
         lambda a, t: ("curvature", *TRAIN[1:-3], "pissa", "--way", "closed_form"),
         ["closed form", "B = 0", "gauss_newton"],

@@ -107,7 +107,7 @@ def curvature(
             blocks) or "gauss_newton" (plain pairs; `draws` backwards for all blocks).
         blocks: "all", "whole", or suffixes of layer names joined by commas.
         losses: `losses(model, batch) -> (summed loss [rows], valid count [rows])`.
-        rtol: exact and gauss_newton: error bound relative to the larger end.
+        rtol: exact and gauss_newton: error bound relative to the larger end, in (0, 1).
         pack: blocks (exact) or sequences (gauss_newton) that run at once.
         rank, alpha, targets, seed, modules_to_train, swaps_and_settings: as in `loralab.adapt`.
 
@@ -123,6 +123,8 @@ def curvature(
         raise UserError(
             f"unknown way {way!r}{near_misses(way, WAYS)}; choose one of {', '.join(WAYS)}"
         )
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
+        raise UserError(f"rtol must be a number above 0 and below 1, not {rtol!r}")
     began, device = time.perf_counter(), next(model.parameters()).device
     batches = [to_device(dict(b), device) for b in data]
     if not batches:
