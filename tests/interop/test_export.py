@@ -141,6 +141,16 @@ def test_an_unknown_target(tmp_path):
         trained("lora", steps=0).export(tmp_path, "marged")
 
 
+def test_a_rank_is_for_lora_alone(tmp_path):
+    adapter = trained("lora", steps=0)
+    own = adapter.save(tmp_path / "own")
+    for to in ("peft", "merged"):
+        with pytest.raises(UserError, match="takes no rank"):
+            adapter.export(tmp_path / to, to, rank=2)
+        with pytest.raises(UserError, match="takes no rank"):
+            export_folder(own, to, tmp_path / to, rank=2)
+
+
 def test_nothing_is_written_over_what_it_is_made_from(tmp_path):
     base, own = tmp_path / "base", tmp_path / "own"
     llama().save_pretrained(base)

@@ -55,9 +55,7 @@ def export(adapter: "Adapter", path: Path, to: str, rank: int | None = None) -> 
     Raises:
         UserError: the method has no such form, or the folder cannot be written.
     """
-    if to not in TARGETS:
-        hint = near_misses(to, TARGETS) or f"; one of {', '.join(TARGETS)}"
-        raise UserError(f"an adapter cannot be exported to {to!r}{hint}")
+    _check(to, rank)
     keep_apart(path, base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None))
     if to == "merged":
         return Exported(_merged(adapter, path))
@@ -77,12 +75,13 @@ def export_folder(
         UserError: as `export`, the base is needed and unknown, or `out` is the folder of the
             adapter or of its base.
     """
+    _check(to, rank)
     portable = decode(read_folder(path))
     ref = model_ref or portable.config.get("base_model_name_or_path")
     keep_apart(out, adapter=path, base=ref)
     framed = gives(portable.spec.recipe.form, "inner", "outer")  # W' - W is not in the file
     needs_base = to == "merged" or portable.needs_base or (to == "lora" and framed)
-    if not needs_base and to in TARGETS:
+    if not needs_base:
         return _write(portable, out, to, rank)
     from loralab.models import load_model
 
@@ -107,6 +106,15 @@ def import_peft(path: Path, out: Path) -> Imported:
     keep_apart(out, adapter=path, base=portable.config.get("base_model_name_or_path"))
     written = write_folder(out, encode(portable))
     return Imported(written, portable.method, portable.count_parameters())
+
+
+def _check(to: str, rank: int | None) -> None:
+    """Raise UserError for a target that there is not, or a rank that would change nothing."""
+    if to not in TARGETS:
+        hint = near_misses(to, TARGETS) or f"; one of {', '.join(TARGETS)}"
+        raise UserError(f"an adapter cannot be exported to {to!r}{hint}")
+    if rank is not None and to != "lora":
+        raise UserError(f"only an export to 'lora' compresses to a rank, so {to!r} takes no rank")
 
 
 def _write(portable: Portable, path: Path, to: str, rank: int | None) -> Exported:
