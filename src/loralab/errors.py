@@ -13,5 +13,5 @@ class UserError(ValueError):
 
 def near_misses(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return "; did you mean a, b?" for the closest known names, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(known), n=n, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""

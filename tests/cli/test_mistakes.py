@@ -127,9 +127,24 @@ MISTAKES = {
         lambda a, t: ("curvature", *TRAIN[1:-2], "--out", t),
         ["file is needed"],
     ),
+    "adapter over its own base": (
+        lambda a, t: (
+            *("train", "--model", t / "base", *TRAIN[3:]),
+            *("--out", (t / "base").mkdir() or t / "base"),
+        ),
+        ["base", "the folder of the base itself"],
+    ),
+    "export over the adapter": (
+        lambda a, t: ("export", a, "--to", "lora", "--rank", "1", "--out", a),
+        ["the folder of the adapter itself"],
+    ),
     "unknown block": (
         lambda a, t: ("curvature", *TRAIN[1:-2], "--blocks", "q_prj"),
         ["'q_prj'", "q_proj"],
+    ),
+    "error bound that bounds nothing": (
+        lambda a, t: ("curvature", *TRAIN[1:-2], "--rtol", "nan"),
+        ["--rtol", "above 0 and below 1", "nan"],
     ),
     "way that the method does not allow": (
         lambda a, t: ("curvature", *TRAIN[1:-3], "pissa", "--way", "closed_form"),

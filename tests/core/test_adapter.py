@@ -238,3 +238,58 @@ def test_only_modules_are_adapted_and_only_by_name():
         loralab.adapt(5)
     with pytest.raises(UserError, match="called by name"):
         loralab.adapt(Net(), 5)
+
+
+def test_layers_of_peft_are_no_base():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    for given in (theirs, model):  # PEFT has changed the layers in place
+        with pytest.raises(UserError, match=r"adapter of PEFT's.*merge_and_unload"):
+            loralab.adapt(given, "lora", rank=2)
+    loralab.adapt(theirs.merge_and_unload(), "lora", rank=2)
+
+
+@pytest.mark.parametrize("targets", ["0", ["0", "1"], "all-linear"])
+def test_a_layer_is_adapted_or_trained_whole(targets):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    whole = ["0", "1"] if targets == "all-linear" else "0"
+    with pytest.raises(UserError, match="'0' is in targets and in modules_to_train"):
+        loralab.adapt(model, "lora", rank=2, targets=targets, modules_to_train=whole)
+    loralab.adapt(model, "lora", rank=2, modules_to_train="0")
+
+
+@pytest.mark.parametrize("path", [None, "", 5])
+def test_a_folder_is_named_by_a_path(path):
+    adapter = loralab.adapt(Net(), "lora", rank=2)
+    for call in (adapter.save, adapter.export, lambda p: loralab.load(Net(), p)):
+        with pytest.raises(UserError, match="folder is named by a path"):
+            call(path)
+
+
+def test_models_are_modules(tmp_path):
+    for call in (
+        lambda: loralab.load("x", tmp_path),
+        lambda: loralab.curvature("x", "lora", [{}]),
+        lambda: loralab.quantize("x", "nf4"),
+    ):
+        with pytest.raises(UserError, match=r"an nn\.Module.* not 'x'"):
+            call()
+    with pytest.raises(UserError, match="unknown code 5"):
+        loralab.quantize(Net(), 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": 5}, "pass a list of batches"),
+        ({"data": {"x": X}}, "pass a list of batches"),
+        ({"loss": 5}, r"loss is a function of \(model, batch\), not 5"),
+        ({"loss": lambda m, b: 5.0}, "a tensor of one number, not float"),
+        ({"loss": lambda m, b: m(b)}, r"a tensor of one number, not \["),
+        ({"loss": lambda m, b: m(b).sum().detach()}, "no gradient can be taken"),
+    ],
+)
+def test_data_are_batches_and_a_loss_is_a_scalar(settings, said):
+    with pytest.raises(UserError, match=said):
+        loralab.adapt(Net(), "lora_ga", **{"rank": 2, "data": [X]} | settings)

@@ -184,6 +184,8 @@ def test_lanczos_finds_both_ends_of_an_indefinite_matrix():
         ({"way": "closed_form", "method": "pissa"}, "holds for starts with B = 0"),
         ({"way": "gauss_newton", "method": "dora"}, "one plain trained pair"),
         ({"data": []}, "needs data"),
+        ({"data": {}}, "pass a list of batches"),
+        *(({"rtol": r}, "rtol must be a number above 0") for r in (float("nan"), 0, -1, 5, "x")),
     ],
 )
 def test_wrong_requests_get_one_sentence(model, batch, options, words):

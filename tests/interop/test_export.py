@@ -12,7 +12,7 @@ from loralab.core.adapter import load
 from loralab.core.bank import gives, has_gain, mergeable
 from loralab.core.files import export_adapter
 from loralab.errors import UserError
-from loralab.interop.export import export, export_folder
+from loralab.interop.export import export, export_folder, import_peft
 from loralab.interop.peft_lora import low_rank
 from loralab.methods import all_methods
 from tests.interop.models import gpt2, llama, logits, trained
@@ -139,3 +139,35 @@ def test_folders_are_exported_without_their_base_where_that_is_possible(tmp_path
 def test_an_unknown_target(tmp_path):
     with pytest.raises(UserError, match="cannot be exported to 'marged'; did you mean merged"):
         trained("lora", steps=0).export(tmp_path, "marged")
+
+
+def test_a_rank_is_for_lora_alone(tmp_path):
+    adapter = trained("lora", steps=0)
+    own = adapter.save(tmp_path / "own")
+    for to in ("peft", "merged"):
+        with pytest.raises(UserError, match="takes no rank"):
+            adapter.export(tmp_path / to, to, rank=2)
+        with pytest.raises(UserError, match="takes no rank"):
+            export_folder(own, to, tmp_path / to, rank=2)
+
+
+def test_nothing_is_written_over_what_it_is_made_from(tmp_path):
+    base, own = tmp_path / "base", tmp_path / "own"
+    llama().save_pretrained(base)
+    model = type(llama()).from_pretrained(base)
+    adapter = adapt(model, "lora", rank=2)
+    adapter.save(own)
+    before = {f: f.read_bytes() for f in (*base.iterdir(), *own.iterdir())}
+    for to in ("peft", "lora", "merged"):
+        for where in (base, own):
+            with pytest.raises(UserError, match=r"is the folder of the .* itself"):
+                export_folder(own, to, where, rank=1 if to == "lora" else None)
+        with pytest.raises(UserError, match="folder of the base itself"):
+            adapter.export(base, to)
+    for where in (base, own):
+        with pytest.raises(UserError, match=r"is the folder of the .* itself"):
+            import_peft(own, where)
+    with pytest.raises(UserError, match="holds an adapter"):
+        adapter.export(own, "merged")
+    files = {f: f.read_bytes() for f in (*base.iterdir(), *own.iterdir())}
+    assert files == before

@@ -158,3 +158,34 @@ def test_held_out_must_return_a_loss(found, words):
     optimizer = adapter.optimizer(LR, held_out=lambda: found)
     with pytest.raises(UserError, match=words):
         optimizer.step()
+
+
+def test_a_closure_or_a_held_out_loss_without_gradients_is_refused():
+    model, batch = ToyModel(), ToyTask().batch("train", range(8))
+    adapter = adapt(model, "bilora", rank=RANK, targets=TARGETS)
+
+    def closure():
+        toy_loss(model, batch).backward()
+
+    with pytest.raises(UserError, match="held_out is a function"):
+        adapter.optimizer(LR, held_out=3.0)
+    optimizer = adapter.optimizer(LR, held_out=lambda: toy_loss(model, batch))
+    with pytest.raises(UserError, match="closure gave no trained tensor a gradient"):
+        optimizer.step(lambda: toy_loss(model, batch))
+    optimizer = adapter.optimizer(LR, held_out=lambda: toy_loss(model, batch).detach())
+    with pytest.raises(UserError, match="no gradient can be taken"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("lora", RANK + 1), ("lora_fa", RANK)])
+def test_the_memory_of_another_adapter_is_refused(method, rank):
+    model, batch = ToyModel(), ToyTask().batch("train", range(8))
+    adapter = adapt(model, method, rank=rank, targets=TARGETS)
+    optimizer = adapter.optimizer(LR)
+    toy_loss(model, batch).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    other = adapt(ToyModel(), "lora", rank=RANK, targets=TARGETS).optimizer(LR)
+    with pytest.raises(UserError, match="of another adapter"):
+        other.load_state_dict(saved)

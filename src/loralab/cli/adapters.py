@@ -53,9 +53,11 @@ class Import(Command):
     def run(self) -> Answer:
         """Rewrite it."""
         from loralab.core.adapter import load
+        from loralab.core.files import keep_apart
         from loralab.interop.export import import_peft
 
         folder, out = adapter_folder(self.peft_dir), writable_folder(self.out)
+        keep_apart(out, base=self.model)
         if self.model is not None:
             load(open_model(self.model)[0], folder)
         done = import_peft(folder, out)

@@ -54,6 +54,8 @@ class Curvature(Command):
         get(self.method)
         if self.items < 1:
             raise UserError(f"--items must be at least 1, not {self.items}")
+        if not 0 < self.rtol < 1:  # told before the model is opened
+            raise UserError(f"--rtol must be above 0 and below 1, not {self.rtol}")
         if self.out is not None:
             writable_file(self.out)
         # Fused attention has no second derivative on most devices.

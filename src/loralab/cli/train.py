@@ -85,6 +85,7 @@ class Train(Command):
     def run(self) -> Answer:
         """Train, save, score."""
         from loralab.core.adapter import Adapter
+        from loralab.core.files import keep_apart
         from loralab.methods import get
         from loralab.tasks import load_task
         from loralab.training.loop import slot_spec
@@ -92,6 +93,7 @@ class Train(Command):
         name = get(self.method).name
         slot_spec(self.trial(steps=1))  # refuse bad numbers before anything is loaded
         out = writable_folder(self.out)
+        keep_apart(out, base=self.model)
         model, processor = open_model(
             self.model, dtype=self.dtype, device=self.device or default_device()
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.core.bank import mergeable
-from loralab.core.evidence import Loss, measure, model_loss
+from loralab.core.evidence import Loss, check_data, measure, model_loss
 from loralab.core.layers import weight_of
 from loralab.core.merge import Merged
 from loralab.core.pack import Pack, SlotSpec
@@ -59,7 +59,7 @@ def adapt(
 
     Raises:
         UserError: unknown method, target or setting; a rank larger than a layer; pieces that
-            cannot meet; a start that needs data and has none.
+            cannot meet; a start that needs data and has none; data that are no batches.
 
     Example:
         >>> import torch, loralab
@@ -70,6 +70,7 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"adapt takes an nn.Module, not a {type(model).__name__}")
+    check_data(data, loss)
     from loralab.methods import build, check, get
 
     if isinstance(method, Recipe):
@@ -158,9 +159,10 @@ class Adapter:
                 on; `step` calls it. Methods of two levels (AutoLoRA, BiLoRA) and those that try
                 ranks out (ALoRA) need it. Its gradients replace those of the upper level's
                 tensors within `step`, after a trainer has clipped. Where they are taken through a
-                step on the training data, call `step(closure)`. It calls the closure three times:
-                do not clip in there, and train nothing else by it. `order="first"` calls it once,
-                for loops that cannot, and on a bf16 base, where the difference is mostly rounding.
+                step on the training data, call `step(closure)`. It calls the closure three times,
+                which must be on the same batch: draw that outside, do not clip in there, and train
+                nothing else by it. `order="first"` calls it once, for loops that cannot, and on a
+                bf16 base, where the difference is mostly rounding.
 
         Raises:
             UserError: lr not positive, a Schedule without n_steps, or no held_out where the method
@@ -295,7 +297,7 @@ class Adapter:
         """
         from loralab.core.files import save_adapter
 
-        return save_adapter(self, Path(path))
+        return save_adapter(self, _folder(path))
 
     def export(
         self, path: str | os.PathLike[str], to: str = "peft", rank: int | None = None
@@ -312,7 +314,7 @@ class Adapter:
         """
         from loralab.core.files import export_adapter
 
-        return export_adapter(self, Path(path), to, rank)
+        return export_adapter(self, _folder(path), to, rank)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
@@ -320,8 +322,17 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         UserError: files missing, damaged or of a kind we cannot run, or layers that the model
-            does not have.
+            does not have; a model or a path that is none.
     """
     from loralab.core.files import load_adapter
 
-    return load_adapter(model, Path(path))
+    if not isinstance(model, nn.Module):
+        raise UserError(f"load takes the base model, an nn.Module, first, not {model!r}")
+    return load_adapter(model, _folder(path))
+
+
+def _folder(path: Any) -> Path:
+    """Return `path` as one, where it names a folder at all."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"an adapter's folder is named by a path, not by {path!r}")
+    return Path(path)

@@ -31,6 +31,16 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+def check_data(data: Any, loss: Any = model_loss) -> None:
+    """Raise UserError unless `data` can be batches (None is none at all) and `loss` be called."""
+    if isinstance(data, Mapping):
+        raise UserError("data is one batch, and several are looked at; pass a list of batches")
+    if data is not None and (isinstance(data, str) or not isinstance(data, Iterable)):
+        raise UserError(f"data are batches, unlike {data!r}; pass a list of batches")
+    if not callable(loss):
+        raise UserError(f"loss is a function of (model, batch), not {loss!r}")
+
+
 def measure(
     model: nn.Module,
     names: Sequence[str],
@@ -44,7 +54,8 @@ def measure(
     parameters' own `.grad` are not touched.
 
     Raises:
-        UserError: no batch, or a layer that plays no part in the loss.
+        UserError: no batch, a loss that is no scalar or has no gradient, or a layer that plays no
+            part in it.
     """
     layers = {n: model.get_submodule(n) for n in names}
     watch = _Watch(layers, needs)
@@ -57,7 +68,9 @@ def measure(
             for batch in batches:
                 watch.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 with torch.enable_grad():
-                    found = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
+                    found = torch.autograd.grad(
+                        _checked(loss(model, batch)), weights, allow_unused=True
+                    )
                 # A layer that the loss does not reach has no gradient to start from.
                 if idle := [name for name, g in zip(names, found, strict=True) if g is None]:
                     raise UserError(
@@ -77,6 +90,19 @@ def measure(
         for name, total in zip(names, totals, strict=True):
             result[name]["gradient"] = oriented(layers[name], total) / n
     return result
+
+
+def _checked(loss: Any) -> Tensor:
+    """Return the loss, where it is one number that a gradient can be taken of."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(f"the loss of a data batch must be a tensor of one number, not {what}")
+    if not loss.requires_grad:
+        raise UserError(
+            "no gradient can be taken of the loss of a data batch; compute it from the model's "
+            "output without torch.no_grad or detach"
+        )
+    return loss
 
 
 @contextlib.contextmanager

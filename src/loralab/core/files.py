@@ -148,6 +148,25 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def keep_apart(out: Path, **read: str | Path | None) -> None:
+    """Refuse to write a result over what it is made from.
+
+    Args:
+        read: folders or references to models, by what they are; None and those that are no local
+            folder are nobody's to overwrite.
+
+    Raises:
+        UserError: `out` is one of these folders.
+    """
+    for what, ref in read.items():
+        folder = os.path.expanduser(str(ref or "").partition("?")[0])
+        if folder and out.is_dir() and os.path.isdir(folder) and out.samefile(folder):
+            raise UserError(
+                f"{out} is the folder of the {what} itself, which the result would overwrite; "
+                "choose another folder"
+            )
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

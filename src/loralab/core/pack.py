@@ -287,6 +287,12 @@ class Pack(nn.Module):
                         f"slot {others[0]} adapts layer {name!r}, which slot {whole[name][0]} of "
                         "the same pack trains whole; put them into different packs"
                     )
+            twice = [n for n in names if n in whole]
+            if twice and (spec.targets != "all-linear" or len(twice) == len(names)):
+                raise UserError(
+                    f"layer {twice[0]!r} is in targets and in modules_to_train, but a layer "
+                    "trained whole takes no adapter; leave it out of one of them"
+                )
             names = [n for n in names if n not in whole]
             for other in self.slots[lo + 1 : hi]:
                 check_patterns(other.alpha_pattern, names, "alpha_pattern")
@@ -306,3 +312,9 @@ def check_free(model: nn.Module) -> None:
     """Raise UserError when the model carries an adapter already."""
     if any(hasattr(m, "loralab") for m in model.modules()):
         raise UserError("the model already carries an adapter; merge or remove it first")
+    # Asked by the module's name so that PEFT need not be imported here.
+    if any(c.__module__.startswith("peft.") for m in model.modules() for c in type(m).__mro__):
+        raise UserError(
+            "the model carries an adapter of PEFT's, whose layers are not the base's; call its "
+            "merge_and_unload() or unload() first and adapt what that returns"
+        )

@@ -43,7 +43,9 @@ def quantize(
         >>> model[0].codes.shape
         torch.Size([64, 32])
     """
-    if code not in BITS:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"quantize takes an nn.Module, not {model!r}")
+    if code not in list(BITS):
         hint = near_misses(code, list(BITS)) or f"; one of {', '.join(BITS)}"
         raise UserError(f"unknown code {code!r} for a base's weights{hint}")
     if block < 2 or block % 2:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from loralab.core.evidence import measure
+from loralab.core.evidence import check_data, measure
 from loralab.core.pack import Pack, SlotSpec
 from loralab.core.stopgrad import stops
 from loralab.curvature.blocks import Block, choose_blocks
@@ -107,7 +107,7 @@ def curvature(
             blocks) or "gauss_newton" (plain pairs; `draws` backwards for all blocks).
         blocks: "all", "whole", or suffixes of layer names joined by commas.
         losses: `losses(model, batch) -> (summed loss [rows], valid count [rows])`.
-        rtol: exact and gauss_newton: error bound relative to the larger end.
+        rtol: exact and gauss_newton: error bound relative to the larger end, in (0, 1).
         pack: blocks (exact) or sequences (gauss_newton) that run at once.
         rank, alpha, targets, seed, modules_to_train, swaps_and_settings: as in `loralab.adapt`.
 
@@ -116,10 +116,15 @@ def curvature(
     """
     from loralab.methods import build, get
 
+    if not isinstance(model, nn.Module):
+        raise UserError(f"curvature takes an nn.Module, not {model!r}")
+    check_data(data)
     if way not in WAYS:
         raise UserError(
             f"unknown way {way!r}{near_misses(way, WAYS)}; choose one of {', '.join(WAYS)}"
         )
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
+        raise UserError(f"rtol must be a number above 0 and below 1, not {rtol!r}")
     began, device = time.perf_counter(), next(model.parameters()).device
     batches = [to_device(dict(b), device) for b in data]
     if not batches:

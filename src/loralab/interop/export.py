@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.core.bank import Bank, gives, has_gain, kind
-from loralab.core.files import load_adapter, read_folder, write_folder, writing
+from loralab.core.files import CONFIG, keep_apart, load_adapter, read_folder, write_folder, writing
 from loralab.core.layers import Weight, read, wide
 from loralab.errors import UserError, near_misses
 from loralab.interop.peft import decode, encode, encode_for_others
@@ -55,9 +55,8 @@ def export(adapter: "Adapter", path: Path, to: str, rank: int | None = None) -> 
     Raises:
         UserError: the method has no such form, or the folder cannot be written.
     """
-    if to not in TARGETS:
-        hint = near_misses(to, TARGETS) or f"; one of {', '.join(TARGETS)}"
-        raise UserError(f"an adapter cannot be exported to {to!r}{hint}")
+    _check(to, rank)
+    keep_apart(path, base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None))
     if to == "merged":
         return Exported(_merged(adapter, path))
     return _write(from_adapter(adapter), path, to, rank)
@@ -73,16 +72,19 @@ def export_folder(
             a PEFT file that does not tell its layers' sizes, need one.
 
     Raises:
-        UserError: as `export`, or the base is needed and unknown.
+        UserError: as `export`, the base is needed and unknown, or `out` is the folder of the
+            adapter or of its base.
     """
+    _check(to, rank)
     portable = decode(read_folder(path))
+    ref = model_ref or portable.config.get("base_model_name_or_path")
+    keep_apart(out, adapter=path, base=ref)
     framed = gives(portable.spec.recipe.form, "inner", "outer")  # W' - W is not in the file
     needs_base = to == "merged" or portable.needs_base or (to == "lora" and framed)
-    if not needs_base and to in TARGETS:
+    if not needs_base:
         return _write(portable, out, to, rank)
     from loralab.models import load_model
 
-    ref = model_ref or portable.config.get("base_model_name_or_path")
     if ref is None:
         raise UserError(f"{path} does not say which base it was trained on; name the model")
     model, processor = load_model(ref)
@@ -97,11 +99,22 @@ def import_peft(path: Path, out: Path) -> Imported:
     """Rewrite an adapter of PEFT's as ours, without its base.
 
     Raises:
-        UserError: as `load_adapter`, for all that can be seen without the model.
+        UserError: as `load_adapter`, for all that can be seen without the model, or `out` is the
+            folder of the adapter or of its base.
     """
     portable = decode(read_folder(path))
+    keep_apart(out, adapter=path, base=portable.config.get("base_model_name_or_path"))
     written = write_folder(out, encode(portable))
     return Imported(written, portable.method, portable.count_parameters())
+
+
+def _check(to: str, rank: int | None) -> None:
+    """Raise UserError for a target that there is not, or a rank that would change nothing."""
+    if to not in TARGETS:
+        hint = near_misses(to, TARGETS) or f"; one of {', '.join(TARGETS)}"
+        raise UserError(f"an adapter cannot be exported to {to!r}{hint}")
+    if rank is not None and to != "lora":
+        raise UserError(f"only an export to 'lora' compresses to a rank, so {to!r} takes no rank")
 
 
 def _write(portable: Portable, path: Path, to: str, rank: int | None) -> Exported:
@@ -188,6 +201,11 @@ def truncated(D: Tensor, rank: int, like: Tensor) -> Tensors:
 
 
 def _merged(adapter: "Adapter", path: Path) -> Path:
+    if (path / CONFIG).exists():  # transformers would put that adapter on top of the merged weights
+        raise UserError(
+            f"{path} holds an adapter, and a merged model beside it would be read with the update "
+            "twice; choose another folder"
+        )
     was_merged = adapter._merged is not None
     model = adapter.merge()
     try:

@@ -46,6 +46,11 @@ class AdapterOptimizer(torch.optim.Optimizer):
                 f"{_who(pack)} looks at held-out data; pass held_out=, a function that returns the "
                 "model's loss on a batch that it is not trained on"
             )
+        if held_out is not None and not callable(held_out):
+            raise UserError(
+                "held_out is a function that returns the model's loss on held-out data, not a "
+                f"{type(held_out).__name__}"
+            )
         self._held_out = held_out
         if held_out is not None:
             self._inner.hold_out(lambda: self._held_out_loss().view(1))
@@ -87,8 +92,8 @@ class AdapterOptimizer(torch.optim.Optimizer):
             raise UserError(
                 f"{_who(inner.pack)} takes its gradient through a step on the training data and "
                 "needs the training loss again: call optimizer.step(closure), where closure clears "
-                "the gradients, calls backward on the loss and returns it, or adapt with "
-                "order='first' for the first-order gradient"
+                "the gradients, calls backward on the loss and returns it; it runs three times, on "
+                "the same batch; or adapt with order='first' for the first-order gradient"
             )
         parameters = list(inner.pack.trainable().values())
 
@@ -99,12 +104,17 @@ class AdapterOptimizer(torch.optim.Optimizer):
                 inner.zero_grad()
                 with torch.enable_grad():
                     closure()
+                if all(p.grad is None for p in parameters):
+                    raise UserError(
+                        "the closure gave no trained tensor a gradient; in it, clear the "
+                        "gradients, compute the loss anew and call backward on it"
+                    )
                 return [p.grad for p in tensors]
             finally:
                 for p, grad in zip(parameters, before, strict=True):
                     p.grad = grad
 
-        held_out = gradients_of(self._held_out_loss)
+        held_out = gradients_of(self._differentiable_loss)
         with torch.enable_grad():
             look_at_held_out(inner, step, lr, held_out, training)
 
@@ -116,20 +126,52 @@ class AdapterOptimizer(torch.optim.Optimizer):
             raise UserError(f"held_out must return a loss, a tensor of one number, not {shape}")
         return loss.view(())
 
+    def _differentiable_loss(self) -> Tensor:
+        loss = self._held_out_loss()
+        if not loss.requires_grad:
+            raise UserError(
+                "held_out returned a loss that no gradient can be taken of; compute it with the "
+                "adapted model, without torch.no_grad, detach or item"
+            )
+        return loss
+
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of the rules under stable names, beside the usual groups."""
-        return super().state_dict() | {"loralab": self._inner.tensors(), "step": self._step}
+        own = {"loralab": self._inner.tensors(), "step": self._step, "of": _trains(self._inner)}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Put back what `state_dict` gave.
+
+        Raises:
+            UserError: it is of another optimizer, or of an adapter of another method or rank.
+        """
         if "loralab" not in state_dict:
             raise UserError("this state_dict is not one of a loralab optimizer")
-        rest = {k: v for k, v in state_dict.items() if k not in ("loralab", "step")}
+        here = _trains(self._inner)
+        saved = state_dict.get("of", here)
+        if saved != here:
+            what = next(k for k in [*here, *saved] if saved.get(k) != here.get(k))
+            raise UserError(
+                f"this state_dict is of another adapter: its {what} is {saved.get(what)}, here it "
+                f"is {here.get(what)}; load it for the same method and rank"
+            )
+        rest = {k: v for k, v in state_dict.items() if k not in ("loralab", "step", "of")}
         super().load_state_dict(rest)
         device = self.param_groups[0]["params"][0].device
         own = {n: t.detach().clone().to(device) for n, t in state_dict["loralab"].items()}
         self._inner.load_tensors(own)
         self._step = state_dict["step"]
+
+
+def _trains(inner: PackOptimizer) -> dict[str, Any]:
+    """Return what the memory belongs to: rules, schedules and the shape of every trained tensor."""
+    groups = inner.groups
+    pieces = {
+        "rule": [type(g.rule).__name__ for g in groups],
+        "schedule": [type(g.schedule).__name__ for g in groups],
+    }
+    return pieces | {n: list(p.shape) for n, p in inner.pack.trainable().items()}
 
 
 def _who(pack: Pack) -> str:
