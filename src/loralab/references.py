@@ -6,12 +6,14 @@ its data.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from loralab.errors import UserError, near_misses
@@ -37,6 +39,15 @@ def parse(ref: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"the option {part!r} in {ref!r} needs the form name=value")
         options[name] = _scalar(value)
     return target.strip(), options
+
+
+def file_hash(ref: str) -> str | None:
+    """Return a hash of the content of the file that a reference names, None if it names none."""
+    path = Path(expand(ref.partition("?")[0].rpartition(":")[2]))
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def expand(path: str) -> str:

@@ -53,6 +53,23 @@ MISTAKES = {
         ["'scalng'", "scaling"],
     ),
     "setting without a value": (lambda a, t: (*TRAIN, "--out", t, "--set", "x"), ["NAME=VALUE"]),
+    "empty value": (lambda a, t: (*TRAIN, "--out", ""), ["--out has an empty value"]),
+    "data without a value": (
+        lambda a, t: ("train", "--model", "tiny", "--data", "--method", "lora", "--out", t),
+        ["--data needs a task or a file"],
+    ),
+    "no worker": (
+        lambda a, t: ("study", "run", spec_with(t, "", ""), "--workers", "0", "--out", t / "o"),
+        ["--workers", "at least 1, not 0"],
+    ),
+    "no slot": (
+        lambda a, t: ("study", "plan", spec_with(t, "", ""), "--max-slots", "-3"),
+        ["--max-slots", "at least 1, not -3"],
+    ),
+    "no such device": (
+        lambda a, t: ("study", "run", spec_with(t, "", ""), "--device", "cuda:9", "--out", t / "o"),
+        ["'cuda:9'"],
+    ),
     "unknown axis": (lambda a, t: ("methods", "--axis", "x"), ["'x'", "initialization"]),
     "missing file": (lambda a, t: ("study", "run", t / "no.toml"), ["no.toml"]),
     "missing study": (lambda a, t: ("report", t / "none"), ["none"]),

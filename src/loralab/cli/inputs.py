@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -105,3 +106,9 @@ def mean_and_error(values: Any) -> tuple[float, float | None]:
         return mean, None
     variance = sum((value - mean) ** 2 for value in numbers) / (len(numbers) - 1)
     return mean, math.sqrt(variance / len(numbers))
+
+
+def tell_notes(*tasks: Any) -> None:
+    """Say on stderr what tasks have cut or left out."""
+    for note in dict.fromkeys(note for task in tasks for note in getattr(task, "notes", ())):
+        print(f"loralab: {note}; DATA?max_length=N sets another length", file=sys.stderr)

@@ -21,6 +21,10 @@ def parse(cls: type, prog: str, words: Sequence[str]) -> Any:
         UserError: an unknown or missing option, or a value that does not fit.
         SystemExit: after `--help`, with code 0.
     """
+    for word, value in zip(words, [*words, None][1:], strict=True):
+        flag = word.removesuffix("=")
+        if flag.startswith("--") and flag != "--prompt" and (value == "" or word != flag):
+            raise UserError(f"{flag} has an empty value; an unset shell variable is one reason")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loralab.cli.inputs import mean_and_error, open_model, writable_folder
+from loralab.cli.inputs import mean_and_error, open_model, tell_notes, writable_folder
 from loralab.cli.output import Answer, Command, plain
 from loralab.cli.sequence import sequence_record, sequence_text
 from loralab.errors import UserError
@@ -90,6 +90,8 @@ class Train(Command):
         from loralab.tasks import load_task
         from loralab.training.loop import slot_spec
 
+        if not self.data:
+            raise UserError("--data needs a task or a file; `loralab train --help` says more")
         name = get(self.method).name
         slot_spec(self.trial(steps=1))  # refuse bad numbers before anything is loaded
         out = writable_folder(self.out)
@@ -98,6 +100,7 @@ class Train(Command):
             self.model, dtype=self.dtype, device=self.device or default_device()
         )
         tasks = [load_task(ref, processor, model) for ref in self.data]
+        tell_notes(*tasks)
         trial = self.trial(max(self.n_steps(task.size("train")) for task in tasks))
         checkpoint = out / CHECKPOINT
         trained, found = self._train(model, tasks, trial, checkpoint)

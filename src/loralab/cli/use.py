@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from loralab.cli.inputs import adapter_folder, open_model
+from loralab.cli.inputs import adapter_folder, open_model, tell_notes
 from loralab.cli.output import Answer, Command
 from loralab.cli.train import RECORD, default_device, score_of, score_text
 from loralab.errors import UserError
@@ -39,6 +39,7 @@ class Eval(Command):
         ref = base_of(adapter_folder(self.adapter), self.model)
         model, processor = open_model(ref, device=default_device())
         task = load_task(self.task, processor, model)
+        tell_notes(task)
         adapter = load(model, self.adapter)
         scores = {"adapter": score_of(_scores(adapter.model, task, self.split, "adapter"))}
         if self.base:
@@ -88,6 +89,13 @@ class Generate(Command):
         ids = tokenizer.encode(self.prompt)
         if not ids:
             raise UserError("--prompt gives no token; write at least one word")
+        learned = any("wpe" in n or "position" in n for n, _ in model.named_parameters())
+        room = getattr(model.config, "max_position_embeddings", None)  # rotary ones have no end
+        if learned and room is not None and len(ids) + self.max_new_tokens > room:
+            raise UserError(
+                f"the prompt's {len(ids)} tokens and --max-new-tokens {self.max_new_tokens} are "
+                f"more than the {room} positions of {ref!r}; make one of them smaller"
+            )
         end = getattr(tokenizer, "eos_token_id", None)
         pad = getattr(tokenizer, "pad_token_id", None)
         out = greedy(

@@ -143,6 +143,8 @@ def check_device(device: str | torch.device) -> None:
     """Raise UserError unless torch knows such a device."""
     if str(device).partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "meta"):
         raise UserError(f"there is no device {str(device)!r}; say cpu, cuda or cuda:0")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"the device {str(device)!r} is not here: this torch sees no GPU; say cpu")
 
 
 def _placed(

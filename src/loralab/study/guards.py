@@ -53,3 +53,11 @@ def _disk_sentence(folder: Path, cause: str) -> str:
         f"cannot write in {folder}: {cause}; what is stored already stays, "
         "mend the cause and run again"
     )
+
+
+def check_at_least_one(**numbers: int | None) -> None:
+    """Raise UserError unless each number that is given is at least 1."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"{name} (--{flag}) must be at least 1, not {number}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from loralab.study import search
 from loralab.study.backend import Backend, set_up
+from loralab.study.guards import check_at_least_one
 from loralab.study.packing import pack_trials
 from loralab.study.parse import read_spec
 from loralab.study.probe import Probe, measure
@@ -128,11 +129,12 @@ def plan_study(
     """Return what `run_study` would do. It trains three steps of each method to measure.
 
     Raises:
-        UserError: a wrong spec, or a model or task that cannot be loaded.
+        UserError: a wrong spec, a number below 1, or a model or task that cannot be loaded.
     """
     from loralab.study.crew import default_size, devices_of
     from loralab.training.memory import available_bytes
 
+    check_at_least_one(max_slots=max_slots, workers=workers)
     source = Path.cwd() if isinstance(spec, StudySpec) else Path(spec).absolute().parent
     spec = spec if isinstance(spec, StudySpec) else read_spec(spec)
     bench = set_up(spec, source, device, backend)

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from loralab.study.backend import Backend, set_up
+from loralab.errors import UserError
+from loralab.references import file_hash
+from loralab.study.backend import Backend, beside, set_up
 from loralab.study.environment import environment
-from loralab.study.guards import only_one, readable_disk_errors
+from loralab.study.guards import check_at_least_one, only_one, readable_disk_errors
 from loralab.study.parse import read_spec
 from loralab.study.spec import StudySpec
 from loralab.study.store import Store
@@ -54,6 +56,7 @@ def run_study(
     from loralab.study.engine import Engine
     from loralab.study.workers import Order
 
+    check_at_least_one(max_slots=max_slots, workers=workers)
     source = Path.cwd() if isinstance(spec, StudySpec) else Path(spec).absolute().parent
     name = spec.name if isinstance(spec, StudySpec) else spec
     spec = spec if isinstance(spec, StudySpec) else read_spec(spec)
@@ -63,7 +66,7 @@ def run_study(
         readable_disk_errors(folder),
         only_one(folder),
     ):
-        begin(store, spec)
+        begin(store, spec, source)
         if store.study()["finished"] is None:
             show = progress or Progress(quiet=True)
             bench = set_up(spec, source, device, backend)
@@ -74,12 +77,22 @@ def run_study(
     return folder
 
 
-def begin(store: Store, spec: StudySpec) -> None:
-    """Record a new study, or that an unfinished one goes on and with which versions."""
-    now = environment()
+def begin(store: Store, spec: StudySpec, source: Path) -> None:
+    """Record a new study, or that an unfinished one goes on and with which versions.
+
+    Raises:
+        UserError: the folder holds a study of another spec, or of other data of the same name.
+    """
+    now = environment() | {"data": file_hash(beside(spec.task, source))}
     if store.begin(spec.to_dict(), spec.hash, now):
         return
     study = store.study()
+    old = study["environment"].get("data")  # older studies do not say
+    if old and now["data"] and old != now["data"]:
+        raise UserError(
+            f"{store.place} holds a study of another {spec.task}; give the new study a folder of "
+            "its own with --out, or restore the file"
+        )
     if study["finished"] is None:
         old = study["environment"]
         changed = sorted(key for key in now if now[key] != old.get(key))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.study.results import StudyResults
-from loralab.study.search import best_point, point_means
+from loralab.study.search import best_point, final_losses, point_means
 from loralab.study.store import Store
 
 
@@ -78,9 +78,10 @@ def study_status(place: str | Path) -> Status:
 def best_so_far(results: StudyResults) -> list[Best]:
     """Return each family's best point among those finished on every seed."""
     means = point_means(results.trials, len(results.spec["seeds"]))
+    losses = final_losses(results.trials)
     best = []
     for key, points in means.items():
-        lr = best_point(points, results.higher_is_better)
+        lr = best_point(points, results.higher_is_better, losses.get(key))
         if lr is not None:
             best.append(Best(*key, lr=lr, validation=points[lr]))
     return best

@@ -1,6 +1,7 @@
 """A running pack on disk: one safetensors file with its books as JSON in the header."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ def save_checkpoint(path: Path, run: "_Run", more: Mapping[str, Any] | None = No
         "before": run.before,
         "memory": [sorted(group.memory) for group in run.optimizer.groups],
         "more": more or {},
+        "base": _base(run),
         "trials": [t.id for t in run.given],
         "present": run.present,
         "shown": [repr(x) for x in run.shown],
@@ -53,11 +55,21 @@ def save_checkpoint(path: Path, run: "_Run", more: Mapping[str, Any] | None = No
     os.replace(temporary, path)
 
 
+def _base(run: "_Run") -> str:
+    """Return a hash of the base's dtype and of 64 training items, spread over all."""
+    task, n = run.task, run.task.size("train")
+    digest = hashlib.sha256(f"{next(run.model.parameters()).dtype} {n}".encode())
+    items = sorted({i * (n - 1) // 63 for i in range(64)})
+    for name, tensor in sorted(task.batch("train", items).items()):
+        digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_checkpoint(path: Path, run: "_Run") -> dict[str, Any]:
     """Put a fresh run where the checkpoint left off; return what `more` was.
 
     Raises:
-        UserError: the file is damaged or belongs to other trials.
+        UserError: the file is damaged, or belongs to other trials, other data or another dtype.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -67,6 +79,11 @@ def load_checkpoint(path: Path, run: "_Run") -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path} cannot be read ({error}); delete it to start the pack anew"
         ) from error
+    if books.get("base", _base(run)) != _base(run):  # older ones do not say
+        raise UserError(
+            f"checkpoint {path} was made on other data or with another dtype of the base; "
+            "restore them, or delete it to start anew"
+        )
     if books["format"] != FORMAT or books["trials"] != [t.id for t in run.given]:
         raise UserError(f"checkpoint {path} is of other trials; delete it to start the pack anew")
     run.keep([run.present.index(i) for i in books["present"]])
