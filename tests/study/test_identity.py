@@ -40,7 +40,9 @@ class OtherTask(ToyTask):
 
 
 @pytest.mark.parametrize(
-    ("task", "dtype"), [(OtherTask(), torch.float32), (ToyTask(), torch.bfloat16)], ids=str
+    ("task", "dtype"),
+    [(OtherTask(), torch.float32), (ToyTask(), torch.bfloat16)],
+    ids=["data", "dtype"],
 )
 def test_a_checkpoint_of_other_data_or_another_dtype_is_refused(tmp_path, task, dtype):
     path, trial = tmp_path / "pack.safetensors", toy_trial("lora", steps=4)
