@@ -14,6 +14,7 @@ from loralab.testing.toy import (
     ToyModel,
     inputs,
     kinds,
+    main_kinds,
     moved,
     on_every_kind,
     slot_tensors,
@@ -76,8 +77,8 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def check_divergence_stays_alone(name: str | Recipe, kind: str) -> None:
     """A slot at learning rate 1e6 is marked diverged, and no bit of its neighbours changes."""
     resizes = build(name).schedule.resizes
-    # Inverses magnify the rounding that other ranks of a neighbour bring: in fp64 it stays small.
-    dtype = torch.float64 if resizes and build(name).rule.inverts else torch.float32
+    # The widest slot's rank rounds its neighbours' products: in fp64 that stays small.
+    dtype = torch.float64 if resizes else torch.float32
     good = [toy_trial(name, steps=10, seed=0), toy_trial(name, steps=10, seed=2)]
     runs = [
         train([good[0], toy_trial(name, steps=10, seed=1, lr=lr), good[1]], dtype, kind)
@@ -89,8 +90,8 @@ def check_divergence_stays_alone(name: str | Recipe, kind: str) -> None:
     for at in (0, 2):
         calm, stormy = slot_tensors(runs[0], at), slot_tensors(runs[1], at)
         for tensor, value in calm.items():
-            if resizes:  # the width of a product rounds, and it is the widest slot's
-                assert _gap(stormy[tensor], value) <= 1e-5, f"{tensor} of a neighbour changed"
+            if resizes:
+                assert _gap(stormy[tensor], value) <= 1e-7, f"{tensor} of a neighbour changed"
             else:
                 assert torch.equal(value, stormy[tensor]), f"{tensor} of a neighbour changed"
         if not resizes:
@@ -99,7 +100,7 @@ def check_divergence_stays_alone(name: str | Recipe, kind: str) -> None:
 
 def check_any_slot_saves_and_loads(name: str | Recipe) -> None:
     """The file of a pack's last slot gives its outputs alone, and in the place of another slot."""
-    for kind in kinds(name):
+    for kind in {*main_kinds(name), *({"Conv1D"} & set(kinds(name)))}:  # one of like-named layers
         _check_saved_slot(name, kind)
 
 

@@ -162,9 +162,9 @@ def kinds(name: str | Recipe) -> list[str]:
 
 
 def main_kinds(name: str | Recipe) -> list[str]:
-    """Return the first of `kinds`, the one of two blocks, and that of whole routed blocks."""
+    """Return the first of `kinds`, and the block of those that route whole blocks."""
     first, *others = kinds(name)
-    return [first, *(kind for kind in others if kind in ("Conv1D", "Block"))]
+    return [first, *(kind for kind in others if kind == "Block")]
 
 
 def on_every_kind(check: Callable[[Any, str], None]) -> Callable[[Any], None]:
