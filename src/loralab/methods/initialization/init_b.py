@@ -11,8 +11,9 @@ less than LoRA's Init[A], whose A has variance Θ(1/n) and B = 0.
 :title: The Impact of Initialization on LoRA Finetuning Dynamics
 :authors: Soufiane Hayou, Nikhil Ghosh, Bin Yu
 :source: arXiv 2406.08447, 2024: Init[B]
-:verified: the abstract and the survey arXiv 2601.22708; the law 1/r of B's variance is our reading,
-    the uniform draw LoRA's; the paper's text was not to be had
+:verified: the abstract, the survey arXiv 2601.22708 and the same authors' LoRA+ paper (section 3.1,
+    Init[2]: A = 0, a variance of B that the width does not enter); the law 1/r is our reading, the
+    uniform draw LoRA's; the paper's own text was not to be had
 """
 
 from dataclasses import dataclass

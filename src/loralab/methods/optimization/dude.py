@@ -9,7 +9,7 @@ as PiSSA's leading singular triplets of W0 (figure 1(b)).
 :trap: As with PiSSA the best learning rate is below LoRA's.
 :title: Dual Decomposition of Weights and Singular Value Low Rank Adaptation
 :authors: Jialong Han, Si Zhang, Ke Zhang
-:source: arXiv 2505.14367, 2025: figure 1(b)
+:source: arXiv 2505.14367, 2025: figure 1(b), sections 3.2 and 3.3
 :verified: the abstract, the figure's caption, a study that read the paper (magnitude learned) and
     LoRAFactory's dude.py; the paper's text could not be read
 """

@@ -14,8 +14,8 @@ from V₋, R = (V₋ᵀ V) S carries what is remembered:
 :title: LoFT: Low-Rank Adaptation That Behaves Like Full Fine-Tuning
 :authors: Nurbek Tastan, Stefanos Laskaridis, Martin Takáč, Karthik Nandakumar, Samuel Horváth
 :source: arXiv 2505.21289, 2025: LoFT-AdamW
-:verified: authors' code (tnurbek/loft at 2d0557b) and the abstract's full-rank claim, which a test
-    proves; the paper's text could not be read
+:verified: authors' code (tnurbek/loft at 2d0557b) bar its clipping, by the norm of g̃ Vᵀ; a note
+    (papernotes); the abstract's full-rank claim, by a test; the paper's text was not to be had
 """
 
 from collections.abc import Mapping

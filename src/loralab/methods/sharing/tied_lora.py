@@ -11,8 +11,8 @@ the paper's configurations TL6 trains all four, TL5 A and B alone (train="AB").
 :title: Tied-LoRA: Enhancing parameter efficiency of LoRA with Weight Tying
 :authors: Adithya Renduchintala, Tugrul Konuk, Oleksii Kuchaiev
 :source: arXiv 2311.09578, 2023: eq. 2
-:verified: summaries, survey arXiv 2601.22708, counts of TL5 and TL6 (README of yuhua-zhou/BSLoRA,
-    equal to ours; Forence1999/PRoLoRA, calculate_params.py); the paper's text was not to be had
+:verified: quotations (among them α = r, our default; TL5 4dr, TL6 12.5% of LoRA), survey arXiv
+    2601.22708, counts (README of yuhua-zhou/BSLoRA); the paper's text was not to be had
 """
 
 from collections.abc import Mapping
