@@ -59,5 +59,4 @@ def check_at_least_one(**numbers: int | None) -> None:
     """Raise UserError unless each number that is given is at least 1."""
     for name, number in numbers.items():
         if number is not None and number < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"{name} (--{flag}) must be at least 1, not {number}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {number}")

@@ -56,8 +56,8 @@ def save_checkpoint(path: Path, run: "_Run", more: Mapping[str, Any] | None = No
 
 
 def _base(run: "_Run") -> str:
-    """Return a hash of the base's dtype and of 64 training items, spread over all."""
-    task, n = run.task, run.task.size("train")
+    """Return a hash of the base's dtype and of 64 items of the (first) task, spread over all."""
+    task, n = run.first_task, run.first_task.size("train")
     digest = hashlib.sha256(f"{next(run.model.parameters()).dtype} {n}".encode())
     items = sorted({i * (n - 1) // 63 for i in range(64)})
     for name, tensor in sorted(task.batch("train", items).items()):

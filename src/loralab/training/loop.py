@@ -115,6 +115,7 @@ class _Run:
         n_tasks: int = 1,
     ) -> None:
         self.model, self.task, self.given = model, task, list(trials)
+        self.first_task = task  # by which a checkpoint of a sequence knows its data
         specs = [slot_spec(t) for t in trials]
         self.order = sorted(range(len(trials)), key=lambda i: (_likeness(specs[i]), i))
         self.trials = [trials[i] for i in self.order]
