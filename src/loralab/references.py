@@ -43,7 +43,7 @@ def parse(ref: str) -> tuple[str, dict[str, Any]]:
 
 def file_hash(ref: str) -> str | None:
     """Return a hash of the content of the file that a reference names, None if it names none."""
-    path = Path(expand(ref.partition("?")[0].rpartition(":")[2]))
+    path = Path(expand(parse(ref)[0].rpartition(":")[2]))
     if not path.is_file():
         return None
     with path.open("rb") as file:

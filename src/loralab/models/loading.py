@@ -99,13 +99,13 @@ def load_model(
         base.config._name_or_path = target  # what a saved adapter says its base is
         if spec.attn is not None:
             base.set_attn_implementation(spec.attn)
-        return _placed(base, dtype, device), symbols
+        return placed(base, dtype, device), symbols
     path = expand(target)
     local = _check_folder(Path(path)) if Path(path).exists() else _check_hub(path)
     with quiet():
         model = _read_model(path, spec, dtype, local)
         processor = _read_processor(path, model, spec, local)
-    return _placed(model.eval(), dtype, device), processor
+    return placed(model.eval(), dtype, device), processor
 
 
 @contextlib.contextmanager
@@ -139,23 +139,24 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def check_device(device: str | torch.device) -> None:
-    """Raise UserError unless torch knows such a device."""
-    if str(device).partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "meta"):
-        raise UserError(f"there is no device {str(device)!r}; say cpu, cuda or cuda:0")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"the device {str(device)!r} is not here: this torch sees no GPU; say cpu")
-
-
-def _placed(
-    model: nn.Module, dtype: str | torch.dtype | None, device: str | torch.device | None
+def placed(
+    model: nn.Module,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
-    if device is not None:
-        check_device(device)
+    """Return the model in this dtype and on this device; None leaves what is.
+
+    Raises:
+        UserError: an unknown dtype, or a device that torch does not know or find.
+    """
+    if str(device or "cpu").partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "meta"):
+        raise UserError(f"there is no device {str(device)!r}; say cpu, cuda or cuda:0")
     try:
         return model.to(device=device, dtype=as_dtype(dtype))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the model cannot go to device {device!r}: {_line(error)}") from None
+        raise UserError(
+            f"the model cannot go to device {str(device)!r}: {_line(error)}; say cpu"
+        ) from None
 
 
 def _check_folder(folder: Path) -> bool:

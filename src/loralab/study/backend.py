@@ -96,15 +96,14 @@ def set_up(spec: StudySpec, folder: Path, device: str | None, backend: Backend) 
     Raises:
         UserError: no such model or task, or the task has another metric than the spec asks for.
     """
-    from loralab.models.loading import check_device
+    from loralab.models.loading import placed
 
     model, tokenizer = backend.load_model(beside(spec.model, folder))
     if device is None:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    model = model.to(device)
+    model = placed(model, device=device)
     task = backend.load_task(beside(spec.task, folder), tokenizer, model)
     if spec.metric is not None and _plain(spec.metric) != _plain(task.metric):
         raise UserError(

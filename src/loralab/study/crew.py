@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from loralab.errors import UserError
 from loralab.study import search
 from loralab.study.backend import Bench
 from loralab.study.jobs import Job, Reply
@@ -124,12 +123,7 @@ def crew_for(
 
     Args:
         workers: None takes the default; one does everything in this process.
-
-    Raises:
-        UserError: fewer than one worker.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, not {workers}")
     room, devices = available_bytes(bench.device), devices_of(device)
     size = workers or default_size(devices, bench, room)
     if size == 1:

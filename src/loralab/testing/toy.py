@@ -161,10 +161,10 @@ def kinds(name: str | Recipe) -> list[str]:
     return sorted(form.layers, reverse=True) + ["Block"] * gives(form, "route")
 
 
-def main_kinds(name: str | Recipe) -> list[str]:
-    """Return the first of `kinds`, and the block of those that route whole blocks."""
+def main_kinds(name: str | Recipe, *more: str) -> list[str]:
+    """Return the first of `kinds`, a block for those that route them, and any of `more`."""
     first, *others = kinds(name)
-    return [first, *(kind for kind in others if kind == "Block")]
+    return [first, *(kind for kind in others if kind in ("Block", *more))]
 
 
 def on_every_kind(check: Callable[[Any, str], None]) -> Callable[[Any], None]:

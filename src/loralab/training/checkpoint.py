@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loralab.errors import UserError
+from loralab.tasks.base import Task
 from loralab.training.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def save_checkpoint(path: Path, run: "_Run", more: Mapping[str, Any] | None = No
         "before": run.before,
         "memory": [sorted(group.memory) for group in run.optimizer.groups],
         "more": more or {},
-        "base": _base(run),
+        "base": run.base_hash,
         "trials": [t.id for t in run.given],
         "present": run.present,
         "shown": [repr(x) for x in run.shown],
@@ -55,10 +56,10 @@ def save_checkpoint(path: Path, run: "_Run", more: Mapping[str, Any] | None = No
     os.replace(temporary, path)
 
 
-def _base(run: "_Run") -> str:
-    """Return a hash of the base's dtype and of 64 items of the (first) task, spread over all."""
-    task, n = run.first_task, run.first_task.size("train")
-    digest = hashlib.sha256(f"{next(run.model.parameters()).dtype} {n}".encode())
+def base_hash(model: nn.Module, task: Task) -> str:
+    """Return a hash of the base's dtype and of 64 items of the task, spread over all."""
+    n = task.size("train")
+    digest = hashlib.sha256(f"{next(model.parameters()).dtype} {n}".encode())
     items = sorted({i * (n - 1) // 63 for i in range(64)})
     for name, tensor in sorted(task.batch("train", items).items()):
         digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
@@ -79,7 +80,7 @@ def load_checkpoint(path: Path, run: "_Run") -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path} cannot be read ({error}); delete it to start the pack anew"
         ) from error
-    if books.get("base", _base(run)) != _base(run):  # older ones do not say
+    if books.get("base", run.base_hash) != run.base_hash:  # older ones do not say
         raise UserError(
             f"checkpoint {path} was made on other data or with another dtype of the base; "
             "restore them, or delete it to start anew"

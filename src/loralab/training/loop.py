@@ -1,5 +1,6 @@
 """The packed loop: K trials, one frozen base, one forward and one backward a step."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from loralab.core.pack import Pack, SlotSpec
 from loralab.errors import UserError
 from loralab.study.trial import Trial
 from loralab.tasks.base import Task, to_device
-from loralab.training.checkpoint import load_checkpoint, save_checkpoint
+from loralab.training.checkpoint import base_hash, load_checkpoint, save_checkpoint
 from loralab.training.early_stop import EarlyStop
 from loralab.training.held_out import HeldOut, losses_on, slot_loss
 from loralab.training.memory import StepMemory
@@ -115,7 +116,7 @@ class _Run:
         n_tasks: int = 1,
     ) -> None:
         self.model, self.task, self.given = model, task, list(trials)
-        self.first_task = task  # by which a checkpoint of a sequence knows its data
+        self.first_task = task
         specs = [slot_spec(t) for t in trials]
         self.order = sorted(range(len(trials)), key=lambda i: (_likeness(specs[i]), i))
         self.trials = [trials[i] for i in self.order]
@@ -156,6 +157,11 @@ class _Run:
         self.before, self.step = self.before + self.n_steps, 0
         self.take(task)
         self.optimizer.next_task(count)
+
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """Return by what a checkpoint, of a sequence as well, knows its base and its data."""
+        return base_hash(self.model, self.first_task)
 
     @property
     def n_done(self) -> int:
@@ -203,14 +209,17 @@ class _Run:
         return torch.where(self.active, torch.tensor(rates), 0.0)
 
     def _look_at_held_out(self, lr: Tensor, items: Sequence[Sequence[int]]) -> None:
-        again = unrolls(self.optimizer, self.n_done)
-        trained = [own if yes else [] for own, yes in zip(items, again, strict=True)]
+        def again() -> Tensor:
+            through = unrolls(self.optimizer, self.n_done)
+            own = [part if yes else [] for part, yes in zip(items, through, strict=True)]
+            return losses_on(self.task, self.pack, self.device, own)
+
         look_at_held_out(
             self.optimizer,
             self.n_done,
             lr,
             gradients_of(lambda: self.held_out.losses(self.step)),
-            gradients_of(lambda: losses_on(self.task, self.pack, self.device, trained)),
+            gradients_of(again),
         )
 
     def _update(self, loss: Tensor, lr: Tensor, owners: Sequence[Trial]) -> None:

@@ -60,10 +60,13 @@ class Search(Schedule):
 
     def ends(self, step: int, n_steps: int) -> bool:
         """Return whether the search ends with 0-based `step`."""
-        return step + 1 == max(1, round(self.search * n_steps)) and step + 1 < n_steps
+        return step + 1 == self._length(n_steps) < n_steps
 
     def searches(self, step: int, n_steps: int) -> bool:
-        return step < max(1, round(self.search * n_steps))
+        return step < self._length(n_steps)
+
+    def _length(self, n_steps: int) -> int:
+        return max(1, round(self.search * n_steps))
 
     def ranks(self, sites: Sequence[SiteState]) -> list[Tensor] | None:
         return in_use(sites, "B")
