@@ -81,7 +81,7 @@ def spec_from(cls: type[Spec], options: Mapping[str, Any], owner: str) -> Spec:
             raise UserError(f"{owner} has no option {name!r}{hint}")
         if not _fits(value, hints[name]):
             raise UserError(
-                f"option {name!r} of {owner} must be {_spoken(hints[name])}, not {value!r}"
+                f"option {name!r} of {owner} must be {spoken(hints[name])}, not {value!r}"
             )
     return cls(**options)
 
@@ -108,6 +108,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, tuple(typing.get_origin(k) or k for k in kinds))
 
 
-def _spoken(hint: Any) -> str:
+def spoken(hint: Any) -> str:
+    """Return a type for people, as in "text or nothing"."""
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return " or ".join(names.get(k, "nothing") for k in _choices(hint))

@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.cli.conftest import SPEC, TASK
 
@@ -32,6 +35,21 @@ def damaged(adapter, folder, keep):
     return copy
 
 
+def without(adapter, folder, name):
+    copy = Path(shutil.copytree(adapter, folder / "part"))
+    (copy / name).unlink()
+    return copy
+
+
+def not_finite(adapter, folder):
+    file = Path(shutil.copytree(adapter, folder / "nan")) / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors, metadata = {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata()  # noqa: SIM118
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata=metadata)
+    return file.parent
+
+
 # Each row: what it is, the command as a function of (adapter's folder, empty folder), and words
 # that the sentence must hold.
 MISTAKES = {
@@ -42,6 +60,10 @@ MISTAKES = {
     "missing argument": (lambda a, t: ("show",), ["METHOD"]),
     "extra argument": (lambda a, t: ("show", "lora", "dora"), ["'dora'"]),
     "no number": (lambda a, t: (*TRAIN, "--out", t, "--lr", "much"), ["--lr", "'much'"]),
+    "no whole number": (
+        lambda a, t: (*TRAIN[:-1], "1.5", "--out", t),
+        ["--steps must be a whole number, not '1.5'"],
+    ),
     "no choice": (lambda a, t: ("export", a, "--to", "pfet", "--out", t), ["'pfet'", "merged"]),
     "unknown method": (lambda a, t: ("show", "pisa"), ["'pisa'", "did you mean pissa"]),
     "unknown method in a study": (
@@ -150,6 +172,18 @@ MISTAKES = {
             *("--out", (t / "base").mkdir() or t / "base"),
         ),
         ["base", "the folder of the base itself"],
+    ),
+    "another adapter's folder": (
+        lambda a, t: (*TRAIN, "--out", shutil.copytree(a, t / "old")),
+        ["holds an adapter whose method is 'pissa', not 'lora'"],
+    ),
+    "an export's folder": (
+        lambda a, t: (*TRAIN, "--out", without(a, t, "training.json")),
+        ["holds an adapter from elsewhere"],
+    ),
+    "adapter that is not finite": (
+        lambda a, t: ("eval", not_finite(a, t), "--task", TASK),
+        ["adapter_model.safetensors", "NaN", "lower learning rate"],
     ),
     "export over the adapter": (
         lambda a, t: ("export", a, "--to", "lora", "--rank", "1", "--out", a),

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import tyro
 
 from loralab.errors import UserError, near_misses
+from loralab.references import spoken
 
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
 
@@ -51,6 +52,12 @@ def _sentence(cls: type, prog: str, words: Sequence[str], complaint: str) -> str
     if text.startswith("Unrecognized options"):
         extra = text.split(":", 1)[1].strip().split(", ")[0]
         return f"`{prog}` does not know what to do with {extra!r}; see `{prog} --help`"
+    if wrong := re.match(r"Error parsing (--[\w-]+): ", text):
+        split = [part for word in words for part in word.split("=", 1)]
+        hint = get_type_hints(cls)[wrong[1][2:].replace("-", "_")]
+        value = split[[part.replace("_", "-") for part in split].index(wrong[1]) + 1]
+        return f"{wrong[1]} must be {spoken(hint).removesuffix(' or nothing')}, not {value!r}"
+    text = text.replace(", 'None'", "")
     return f"{text}; see `{prog} --help`"
 
 

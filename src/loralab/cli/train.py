@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,10 @@ class Train(Command):
         tasks = [load_task(ref, processor, model) for ref in self.data]
         tell_notes(*tasks)
         trial = self.trial(max(self.n_steps(task.size("train")) for task in tasks))
+        check_same(out, trial)
         checkpoint = out / CHECKPOINT
+        if checkpoint.exists():
+            print(f"loralab: going on from {checkpoint}", file=sys.stderr)
         trained, found = self._train(model, tasks, trial, checkpoint)
         outcome = trained.outcomes[0]
         if outcome.status == "diverged":
@@ -183,6 +187,26 @@ class Train(Command):
         if not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs must be greater than 0, not {self.epochs}")
         return max(1, math.ceil(self.epochs * n_train / self.batch_size))
+
+
+def check_same(out: Path, trial: Any) -> None:
+    """Raise UserError if `out` holds an adapter that another command trained or wrote."""
+    from loralab.core.files import CONFIG
+
+    if not (out / CONFIG).exists():
+        return
+    try:
+        old = json.loads((out / RECORD).read_text(encoding="utf-8"))["trial"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{out} holds an adapter from elsewhere; choose another --out") from None
+    now = plain(trial.to_dict())
+    skipped = {"settings"} if " + " in trial.task else set()  # a sequence adds the number of tasks
+    changed = [key for key in now if key not in skipped and now[key] != old.get(key)]
+    if changed:
+        raise UserError(
+            f"{out} holds an adapter whose {changed[0]} is {old.get(changed[0])!r}, not "
+            f"{now[changed[0]]!r}; choose another --out, or delete it"
+        )
 
 
 def setting(text: str) -> tuple[str, Any]:

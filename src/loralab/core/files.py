@@ -83,7 +83,7 @@ def read_folder(path: Path) -> Folder:
     """Return the two files' contents.
 
     Raises:
-        UserError: one of them is missing, unreadable, truncated, or pickled.
+        UserError: one of them is missing, unreadable, truncated or pickled, or not finite.
     """
     if not path.exists():
         raise UserError(f"there is no adapter folder {path}; give the folder with {CONFIG}")
@@ -191,10 +191,18 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, "pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
+            metadata = opened.metadata() or {}
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise UserError(
             f"{file} is truncated or not a safetensors file ({str(error).splitlines()[0]})"
         ) from None
+    broken = [n for n, t in tensors.items() if not t.float().isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{file} holds NaN or infinite numbers, in {broken[0]}"
+            + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+            + "; the run that wrote it diverged, so train again with a lower learning rate"
+        )
+    return tensors, metadata
