@@ -10,9 +10,10 @@ import torch
 
 from loralab.methods import all_methods
 from loralab.testing import CHECKS, fingerprint
-from loralab.testing.toy import inputs, trained_adapter, trained_bits
+from loralab.testing.toy import inputs, kinds, trained_adapter, trained_bits
 
 NAMES = list(all_methods())
+KINDS = list(dict.fromkeys(kind for name in NAMES for kind in kinds(name)))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -28,31 +29,31 @@ from loralab import load
 from loralab.testing import fingerprint
 from loralab.testing.toy import ToyModel, inputs, trained_bits
 
-folder, found = Path(sys.argv[1]), {}
-for name in sys.argv[2:]:
-    model = ToyModel().eval()
+folder, kind, found = Path(sys.argv[1]), sys.argv[2], {}
+for name in sys.argv[3:]:
+    model = ToyModel(kind=kind).eval()
     load(model, folder / name)
     found[name] = {
         "loaded": model(inputs()).flatten().tolist(),
-        "trained": trained_bits(name),
+        "trained": trained_bits(name, kind),
         "fingerprint": fingerprint(name),
     }
 json.dump(found, sys.stdout)
 """
 
 
-def check_another_process(names, folder, before=""):
+def check_another_process(names, folder, kind, before=""):
     """One process for all names: loading there what is saved here, same seeds, same bits.
 
     Text hashes otherwise there, so that sets have another order. `before` is code to begin with.
     """
     outputs = {}
     for name in names:
-        adapter = trained_adapter(name)
+        adapter = trained_adapter(name, kind=kind)
         adapter.save(folder / name)
         outputs[name] = adapter.model(inputs()).flatten()
     run = subprocess.run(
-        [sys.executable, "-c", before + ELSEWHERE, str(folder), *names],
+        [sys.executable, "-c", before + ELSEWHERE, str(folder), kind, *names],
         env=os.environ | {"PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,
@@ -60,9 +61,10 @@ def check_another_process(names, folder, before=""):
     assert run.returncode == 0, run.stderr[-2000:]
     for name, found in json.loads(run.stdout).items():
         torch.testing.assert_close(torch.tensor(found["loaded"]), outputs[name], msg=name)
-        assert trained_bits(name) == found["trained"], name
+        assert trained_bits(name, kind) == found["trained"], name
         assert fingerprint(name) == found["fingerprint"], name
 
 
-def test_another_process_loads_and_trains_the_same(tmp_path):
-    check_another_process(NAMES, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_process_loads_and_trains_the_same(tmp_path, kind):
+    check_another_process([n for n in NAMES if kind in kinds(n)], tmp_path, kind)

@@ -153,7 +153,7 @@ def test_dropout_that_is_another_in_another_process(monkeypatch, tmp_path):
     monkeypatch.setattr(seeds, "stable_seed", here["mutant"])
     there = f"from loralab import seeds\n{plant}seeds.stable_seed = mutant\n"
     with pytest.raises(AssertionError, match=r"^lora"):
-        check_another_process(["lora"], tmp_path, there)
+        check_another_process(["lora"], tmp_path, "Linear", there)
 
 
 def ones_of_the_cpu(self, t, site):

@@ -247,9 +247,9 @@ def slot_tensors(trained: TrainedPack, trial: int) -> dict[str, Tensor]:
     return found
 
 
-def trained_bits(method: str | Recipe) -> dict[str, str]:
+def trained_bits(method: str | Recipe, kind: str = "Linear") -> dict[str, str]:
     """Return a hash of the bits of each tensor after a short run with dropout."""
-    tensors = slot_tensors(train([toy_trial(method, steps=6, dropout=0.1)]), 0)
+    tensors = slot_tensors(train([toy_trial(method, steps=6, dropout=0.1)], kind=kind), 0)
     return {n: sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
 
 
