@@ -139,7 +139,11 @@ class Form(Piece):
         return y
 
     def base(self, t: Tensors, W: Tensor, site: Site) -> Tensor:
-        """Return the matrix [*, out, in] in place of W [out, in]; dW is added to it."""
+        """Return the matrix [*, out, in] in place of W [out, in]; dW is added to it.
+
+        A Form with `inner` gives it too where that is cheaper than to turn more inputs than W has
+        rows.
+        """
         one = torch.eye(site.d_in, dtype=W.dtype, device=W.device)
         return self.outer(t, self.inner(t, one, site) @ W.mT, site).mT
 

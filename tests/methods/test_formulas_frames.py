@@ -123,8 +123,22 @@ def test_boft_is_a_product_of_permuted_rotations(n, m_factors, b):
                 used += 1
         rotation = component @ rotation  # R = B̃(d, 2^m) ... B̃(d, 2)
     close(found, evidence(n=n).weight @ rotation.T)
+    close(form.inner(t, evidence(n=n).weight, place), evidence(n=n).weight @ rotation)
     close(rotation @ rotation.T, torch.eye(n, dtype=torch.float64))
     assert (rotation != 0).all() == (m_factors == math.log2(2 * n / b))
+
+
+def test_boft_gives_few_rows_what_it_gives_many():
+    """Many rows pass a turned W, few are turned themselves."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 12)).double()
+    adapter = adapt(model, "boft", rank=4, rescale=True)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.3 * torch.linspace(-1, 1, p.numel()).view_as(p))
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    many, few = model(x), torch.cat([model(row) for row in x.split(2)])
+    close(many, few)
+    assert not torch.equal(many, few), "both took the same way"
 
 
 def test_boft_refuses_what_does_not_fit():

@@ -61,7 +61,8 @@ class Bank(Update):
             if self.gains:
                 return self._run(x, product(x, weight, bias), weight, bias, 0, self.size)
             h = torch.bmm(A.to(x.dtype), x3.mT)
-            return FusedHidden.apply(x3, weight, bias, h, B.to(x.dtype)).flatten(0, 1)
+            y = FusedHidden.apply(x3, weight, bias, h, A.to(x.dtype), B.to(x.dtype))
+            return y.flatten(0, 1)
         g = self.gain(weight) if self.gains else None
         y = FusedLowRank.apply(x3, weight, bias, A.to(x.dtype), B.to(x.dtype), g)
         return y.flatten(0, 1)
@@ -96,19 +97,25 @@ class Bank(Update):
             if A.requires_grad:
                 return AddLowRank.apply(x, y, A, B)
             return AddHidden.apply(torch.bmm(A, x.mT), y, B)
-        if self.replaces:
+        own = False  # whether nobody else holds y
+        turns = self.turns and y is None and _is_wide(weight) and self._pays(x)
+        if self.replaces or turns:
             y = self._made(x, weight, bias, lo, hi)
         elif self.frames:
             y = self._framed(x, y, weight, bias, lo, hi)
         elif self.runs_base(weight) and x.is_floating_point() and y is None and self._pays(x):
             return self._made(x, weight, bias, lo, hi)
         elif y is None:
-            y = product(x, weight, bias)
-        return y if self.kind == "nothing" else y + self._branch(x, weight, lo, hi)
+            y, own = product(x, weight, bias), True
+        if self.kind == "nothing":
+            return y
+        branch = self._branch(x, weight, lo, hi)
+        return y.add_(branch) if own else y + branch
 
     def _pays(self, x: Tensor) -> bool:
-        """Return whether W + dW in one product beats two products with wide factors."""
-        return not self.spans or x.shape[1] >= min(self.site.d_in, self.site.d_out)
+        """Return whether W' in one product beats products with wide factors, or turned inputs."""
+        few = x.shape[1] < min(self.site.d_in, self.site.d_out)
+        return not (few and (self.spans or self.turns))
 
     def _framed(
         self, x: Tensor, y: Tensor | None, weight: Weight, bias: Tensor | None, lo: int, hi: int
@@ -142,7 +149,7 @@ class Bank(Update):
 
         def matrix(t: Tensors) -> Tensor:
             W = wide(read(weight))
-            if self.replaces:
+            if self.replaces or self.frames:
                 M = self.form.base(t, W, self.site)
                 return M if M.dim() == 3 else M.expand(hi - lo, *M.shape)
             return W + self._delta_of(t, lo, hi)
@@ -185,9 +192,8 @@ class Bank(Update):
         if self.anchored:
             start = _cast(self.start_tensors(lo, hi), x.dtype)
             out = out - self._hook("branch", start, self._shaped(x))
-        return out.reshape(*x.shape[:-1], weight.shape[0]) * self.scale[lo:hi, None, None].to(
-            x.dtype
-        )
+        out = out.reshape(*x.shape[:-1], weight.shape[0])
+        return out if self._unscaled else out * self.scale[lo:hi, None, None].to(x.dtype)
 
     def route(self, x: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         """Return one slot's experts and weights, [V, ...] each, for the block's input x [..., in].

@@ -61,7 +61,9 @@ class Update(nn.Module):
         self.fast_branch = gives(self.form, "branch")
         self.spans = self.kind == "factors" and self.form.dense  # factors as wide as the layer
         self.frames = gives(self.form, "inner", "outer")  # the base layer runs with a changed x, y
-        self.replaces = gives(self.form, "base")  # the base layer's matrix is another one
+        # The base layer's matrix is another one, or for many rows that is the frame's cheaper way.
+        own_base = gives(self.form, "base")
+        self.replaces, self.turns = own_base and not self.frames, own_base and self.frames
         self.shifts = gives(self.form, "bias")  # the layer's bias is another one
         self.draws, self.has_aux_loss = gives(self.form, "draw"), gives(self.form, "aux_loss")
         # Experts are whole blocks, and this is the layer that routes a block's input.

@@ -3,15 +3,18 @@
 The experts lie side by side: expert i has rows i r to (i + 1) r of A [N r, in] and these columns of
 B [out, N r]. So all experts of all tokens are two plain products, without a loop and a gather.
 
-Gates are in fp32 (fp64 for an fp64 base) until `weighted`, so that a model in half precision
+Gates are in fp32 (fp64 for an fp64 base) until `mix`, so that a model in half precision
 chooses the experts that it would choose in fp32.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from loralab.core.again import kept_inputs
 from loralab.core.layers import wide
+from loralab.core.mixture import Mixture
 from loralab.recipe import Tensors
 
 
@@ -42,19 +45,13 @@ def top_k(p: Tensor, k: int) -> Tensor:
 
 def mix(omega: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return Σ_i ω_i(x) B_i A_i x for x [*, n, in] and ω [*, n, N], as [*, n, out]."""
-    return weighted(omega, x @ A.mT) @ B.mT
+    return cast(Tensor, Mixture.apply(omega, x, A, B))
 
 
 def mix_rows(omega: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return `mix` for x [*, rows, tokens, in] and ω [*, rows, tokens, N]."""
     y = mix(omega.flatten(-3, -2), x.flatten(-3, -2), A, B)
     return y.unflatten(-2, x.shape[-3:-1])
-
-
-def weighted(omega: Tensor, h: Tensor) -> Tensor:
-    """Return every expert's own part of h [*, n, N r] times its weight, in h's dtype."""
-    parts = h.unflatten(-1, (omega.shape[-1], -1))
-    return (parts * omega.to(h.dtype).unsqueeze(-1)).flatten(-2)
 
 
 def real(values: Tensor, t: Tensors) -> Tensor:

@@ -42,7 +42,6 @@ class AdaMoLE(Routed):
     """
 
     owns: ClassVar[frozenset[str]] = Routed.owns | {"W_tau", "b_tau"}
-    recomputed: ClassVar[frozenset[str]] = frozenset({"branch"})
 
     n_experts: Count = 8
     max_threshold: SomeShare | None = None

@@ -50,13 +50,13 @@ class MoELoRA(TopK):
     def contrastive(self, t: Tensors, x: Tensor, selected: Tensor) -> Tensor:
         """Return L_c per slot, the mean over all queries."""
         N = self.n_experts
-        h = (x @ t["A"].mT).unflatten(-1, (N, -1))  # [*, n, N, r]
-        gram = (t["B"].mT @ t["B"]).unflatten(-2, (N, -1)).unflatten(-1, (N, -1))
-        keys = torch.roll(h, -1, -3)
-        # q·k = h_iᵀ B_iᵀ B_j h'_j, so that no output [n, N, out] is made.
-        turned = torch.einsum("...tia,...iajb->...tijb", h, gram)
-        alike = (turned * keys.unsqueeze(-3)).sum(-1) / self.temperature
-        loss = -alike.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+        h = (t["A"] @ x.mT).unflatten(-2, (N, -1))  # [*, N, r, n]
+        gram = (t["B"].mT @ t["B"]).unflatten(-2, (N, -1))
+        keys = torch.roll(h, -1, -1).unsqueeze(-4)
+        # q·k = h_iᵀ B_iᵀ B_j h'_j, so that no output [N, out, n] is made.
+        turned = (gram.mT @ h).unflatten(-2, (N, -1))
+        alike = (turned * keys).sum(-2) / self.temperature  # [*, N, N, n]
+        loss = -alike.log_softmax(-2).diagonal(dim1=-3, dim2=-2)
         if "valid" in t:
             pair = t["valid"] * torch.roll(t["valid"], -1, -1)
             selected = selected * pair.to(selected.dtype).unsqueeze(-1)

@@ -67,12 +67,22 @@ class BOFT(Rotation):
             )
         return self.at_rest(evidence, fits[-1], m, n // fits[-1])
 
-    def inner(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
+    def blocks(self, t: Tensors, site: Site) -> Tensor:
+        """Return R's blocks [*, m, in / b, b, b]; the first belong to B̃(d, 2)."""
         theta = wide(t["theta"])
-        R = cayley(skew(theta, site.d_in // theta.shape[-2]))
-        for i in range(self.n_factors, 0, -1):  # theta[0] belongs to B̃(d, 2), the last to act
+        return cayley(skew(theta, site.d_in // theta.shape[-2]))
+
+    def inner(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
+        R = self.blocks(t, site)
+        for i in range(self.n_factors, 0, -1):
             x = component(x, R[..., i - 1, :, :, :], 2**i)
         return x
+
+    def base(self, t: Tensors, W: Tensor, site: Site) -> Tensor:
+        R = self.blocks(t, site).mT
+        for i in range(1, self.n_factors + 1):
+            W = component(W, R[..., i - 1, :, :, :], 2**i)
+        return self.outer(t, W.mT, site).mT
 
 
 register("boft", "optimization", __doc__, BOFT())

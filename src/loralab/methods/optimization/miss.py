@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loralab.methods import register
@@ -55,13 +54,6 @@ class MiSS(Unscaled):
             return D, A.expand(*D.shape[:-2], -1, -1)
         B = one[torch.arange(site.d_out, device=D.device) * r // site.d_out]
         return B.expand(*D.shape[:-2], -1, -1), D
-
-    def branch(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
-        if self.shards == "outputs":
-            B, D = self.factors(t, site)
-            return (x @ D.mT) @ B.mT
-        blocks = F.pad(x, (0, -site.d_in % site.rank)).unflatten(-1, (-1, site.rank))
-        return blocks.sum(-2) @ t["D"].mT
 
 
 register("miss", "optimization", __doc__, MiSS(), aliases=("bone",))
