@@ -89,3 +89,13 @@ def turn(x: Tensor, R: Tensor) -> Tensor:
     """Return Rᵀ x for rows x [*, n, in] and diagonal blocks R [*, in / b, b, b]."""
     parts = x.unflatten(-1, (-1, R.shape[-1])).transpose(-3, -2)
     return (parts @ R.to(x.dtype)).transpose(-3, -2).flatten(-2)
+
+
+def butterfly(x: Tensor, R: Tensor, k: int) -> Tensor:
+    """Return B̃(d, k)ᵀ x for rows x [*, n, d] and BOFT's blocks R [*, d / b, b, b]."""
+    h = R.shape[-1] // 2
+    if k == 2:
+        return turn(x, R)
+    apart = x.unflatten(-1, (-1, 2, k // 2, h)).transpose(-3, -2)
+    turned = turn(apart.flatten(-4), R).view(apart.shape)
+    return turned.transpose(-3, -2).flatten(-4)

@@ -26,18 +26,8 @@ from loralab.bounds import Count
 from loralab.core.layers import wide
 from loralab.errors import UserError
 from loralab.methods import register
-from loralab.methods.optimization._rotations import Rotation, cayley, skew, turn
+from loralab.methods.optimization._rotations import Rotation, butterfly, cayley, skew
 from loralab.recipe import Evidence, Site, Tensors
-
-
-def component(x: Tensor, R: Tensor, k: int) -> Tensor:
-    """Return B̃(d, k)ᵀ x for rows x [*, n, d] and its blocks R [*, d / b, b, b]."""
-    h = R.shape[-1] // 2
-    if k == 2:
-        return turn(x, R)
-    apart = x.unflatten(-1, (-1, 2, k // 2, h)).transpose(-3, -2)
-    turned = turn(apart.flatten(-4), R).view(apart.shape)
-    return turned.transpose(-3, -2).flatten(-4)
 
 
 @dataclass(frozen=True)
@@ -75,13 +65,13 @@ class BOFT(Rotation):
     def inner(self, t: Tensors, x: Tensor, site: Site) -> Tensor:
         R = self.blocks(t, site)
         for i in range(self.n_factors, 0, -1):
-            x = component(x, R[..., i - 1, :, :, :], 2**i)
+            x = butterfly(x, R[..., i - 1, :, :, :], 2**i)
         return x
 
     def base(self, t: Tensors, W: Tensor, site: Site) -> Tensor:
         R = self.blocks(t, site).mT
         for i in range(1, self.n_factors + 1):
-            W = component(W, R[..., i - 1, :, :, :], 2**i)
+            W = butterfly(W, R[..., i - 1, :, :, :], 2**i)
         return self.outer(t, W.mT, site).mT
 
 
