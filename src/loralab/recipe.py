@@ -141,8 +141,7 @@ class Form(Piece):
     def base(self, t: Tensors, W: Tensor, site: Site) -> Tensor:
         """Return the matrix [*, out, in] in place of W [out, in]; dW is added to it.
 
-        A Form with `inner` gives it too where that is cheaper than to turn more inputs than W has
-        rows.
+        A Form with `inner` gives it too where to turn W's rows is cheaper than to turn many inputs.
         """
         one = torch.eye(site.d_in, dtype=W.dtype, device=W.device)
         return self.outer(t, self.inner(t, one, site) @ W.mT, site).mT

@@ -61,7 +61,7 @@ MISTAKES = {
     "extra argument": (lambda a, t: ("show", "lora", "dora"), ["'dora'"]),
     "no number": (lambda a, t: (*TRAIN, "--out", t, "--lr", "much"), ["--lr", "'much'"]),
     "no whole number": (
-        lambda a, t: (*TRAIN[:-1], "1.5", "--out", t),
+        lambda a, t: (*TRAIN, "--steps=1.5", "--out", t),
         ["--steps must be a whole number, not '1.5'"],
     ),
     "no choice": (lambda a, t: ("export", a, "--to", "pfet", "--out", t), ["'pfet'", "merged"]),

@@ -9,8 +9,9 @@ from torch import nn
 
 from loralab import adapt
 from loralab.core.adapter import load
-from loralab.core.bank import gives, has_gain, mergeable
+from loralab.core.bank import has_gain, mergeable
 from loralab.core.files import export_adapter
+from loralab.core.update import replaces
 from loralab.errors import UserError
 from loralab.interop.export import export, export_folder, import_peft
 from loralab.interop.peft_lora import low_rank
@@ -20,7 +21,7 @@ from tests.interop.models import gpt2, llama, logits, trained
 ADAPTER = "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("method", ["oft", "road"])
+@pytest.mark.parametrize("method", ["oft", "boft", "road"])
 def test_a_turned_base_becomes_lora_from_its_folder_too(method, tmp_path, monkeypatch):
     adapter = trained(method)
     monkeypatch.setattr("loralab.models.load_model", lambda ref: (llama(), None))
@@ -42,7 +43,7 @@ def test_plain_lora_is_exact_or_refused(method, tmp_path):
     reasons = {
         "its update depends on the input": not mergeable(form),
         "magnitude of its rows is not low-rank": has_gain(form),
-        "another matrix in the base's place": gives(form, "base"),
+        "another matrix in the base's place": replaces(form),
         "LoRA can only approximate it; say the rank": not low_rank(form),
     }
     words = next((words for words, holds in reasons.items() if holds), None)
@@ -56,7 +57,7 @@ def test_plain_lora_is_exact_or_refused(method, tmp_path):
     assert plain.method == "lora" and not any(b.anchored for _, b in plain.pack.banks())
 
 
-@pytest.mark.parametrize("method", ["hira", "oft", "ia3", "glora", "fourierft"])
+@pytest.mark.parametrize("method", ["hira", "oft", "boft", "ia3", "glora", "fourierft"])
 def test_at_full_rank_every_dense_update_is_exact(method, tmp_path):
     """Also where the update reads the base's weight, or turns the base."""
     adapter = trained(method)

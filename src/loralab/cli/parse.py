@@ -53,9 +53,10 @@ def _sentence(cls: type, prog: str, words: Sequence[str], complaint: str) -> str
         extra = text.split(":", 1)[1].strip().split(", ")[0]
         return f"`{prog}` does not know what to do with {extra!r}; see `{prog} --help`"
     if wrong := re.match(r"Error parsing (--[\w-]+): ", text):
-        split = [part for word in words for part in word.split("=", 1)]
         hint = get_type_hints(cls)[wrong[1][2:].replace("-", "_")]
-        value = split[[part.replace("_", "-") for part in split].index(wrong[1]) + 1]
+        split = [part for word in words for part in word.split("=", 1)]
+        last = dict(zip((flag.replace("_", "-") for flag in split), split[1:], strict=False))
+        value = last[wrong[1]]  # the last one, if it is given twice
         return f"{wrong[1]} must be {spoken(hint).removesuffix(' or nothing')}, not {value!r}"
     text = text.replace(", 'None'", "")
     return f"{text}; see `{prog} --help`"

@@ -196,8 +196,8 @@ def check_same(out: Path, trial: Any) -> None:
     if not (out / CONFIG).exists():
         return
     try:
-        old = json.loads((out / RECORD).read_text(encoding="utf-8"))["trial"]
-    except (OSError, ValueError, KeyError):
+        old = dict(json.loads((out / RECORD).read_text(encoding="utf-8"))["trial"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out} holds an adapter from elsewhere; choose another --out") from None
     now = plain(trial.to_dict())
     skipped = {"settings"} if " + " in trial.task else set()  # a sequence adds the number of tasks

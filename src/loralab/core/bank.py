@@ -97,8 +97,7 @@ class Bank(Update):
             if A.requires_grad:
                 return AddLowRank.apply(x, y, A, B)
             return AddHidden.apply(torch.bmm(A, x.mT), y, B)
-        own = False  # whether nobody else holds y
-        turns = self.turns and y is None and _is_wide(weight) and self._pays(x)
+        turns = self.turns and y is None and _is_wide(weight) and x.shape[1] >= 2 * self.site.d_out
         if self.replaces or turns:
             y = self._made(x, weight, bias, lo, hi)
         elif self.frames:
@@ -106,16 +105,12 @@ class Bank(Update):
         elif self.runs_base(weight) and x.is_floating_point() and y is None and self._pays(x):
             return self._made(x, weight, bias, lo, hi)
         elif y is None:
-            y, own = product(x, weight, bias), True
-        if self.kind == "nothing":
-            return y
-        branch = self._branch(x, weight, lo, hi)
-        return y.add_(branch) if own else y + branch
+            y = product(x, weight, bias)
+        return y if self.kind == "nothing" else y + self._branch(x, weight, lo, hi)
 
     def _pays(self, x: Tensor) -> bool:
-        """Return whether W' in one product beats products with wide factors, or turned inputs."""
-        few = x.shape[1] < min(self.site.d_in, self.site.d_out)
-        return not (few and (self.spans or self.turns))
+        """Return whether W + dW in one product beats two products with wide factors."""
+        return not self.spans or x.shape[1] >= min(self.site.d_in, self.site.d_out)
 
     def _framed(
         self, x: Tensor, y: Tensor | None, weight: Weight, bias: Tensor | None, lo: int, hi: int
@@ -149,7 +144,7 @@ class Bank(Update):
 
         def matrix(t: Tensors) -> Tensor:
             W = wide(read(weight))
-            if self.replaces or self.frames:
+            if self.replaces or self.turns:
                 M = self.form.base(t, W, self.site)
                 return M if M.dim() == 3 else M.expand(hi - lo, *M.shape)
             return W + self._delta_of(t, lo, hi)

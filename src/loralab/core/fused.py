@@ -143,4 +143,6 @@ def _hidden_gradients(
 
 def _rows(B: Tensor) -> Tensor:
     """Return B^T; laid out anew where r is small: bmm takes two turned sides ten times as long."""
-    return B.mT.contiguous() if B.shape[-1] < 8 else B.mT
+    if B.shape[-1] >= 8:
+        return B.mT
+    return B.mT.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves r = 1 as it is

@@ -27,10 +27,10 @@ class Mixture(torch.autograd.Function):
         d_omega = None
         if ctx.needs_input_grad[0]:
             d_omega = (_parts(h, omega) * _parts(dh, omega)).sum(-1).to(omega.dtype)
-        dB = dy.mT @ _times(omega, h, fresh)
+        _, needs_x, needs_A, needs_B = ctx.needs_input_grad
+        dB = dy.mT @ _times(omega, h, fresh) if needs_B else None
         dh = _times(omega, dh, fresh)
-        dx = dh @ A if ctx.needs_input_grad[1] else None
-        return d_omega, dx, dh.mT @ x, dB
+        return d_omega, dh @ A if needs_x else None, dh.mT @ x if needs_A else None, dB
 
 
 def _parts(h: Tensor, omega: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ def mergeable(form: Form) -> bool:
     return kind(form) != "branch"
 
 
+def replaces(form: Form) -> bool:
+    """Return whether the Form has no way but to put another matrix in W's place."""
+    return gives(form, "base") and not gives(form, "inner", "outer")
+
+
 def has_gain(form: Form) -> bool:
     """Return whether the Form rescales output rows."""
     return gives(form, "gain")
@@ -61,9 +66,8 @@ class Update(nn.Module):
         self.fast_branch = gives(self.form, "branch")
         self.spans = self.kind == "factors" and self.form.dense  # factors as wide as the layer
         self.frames = gives(self.form, "inner", "outer")  # the base layer runs with a changed x, y
-        # The base layer's matrix is another one, or for many rows that is the frame's cheaper way.
-        own_base = gives(self.form, "base")
-        self.replaces, self.turns = own_base and not self.frames, own_base and self.frames
+        self.replaces = replaces(self.form)  # the base layer's matrix is another one
+        self.turns = self.frames and gives(self.form, "base")  # or is so where x has more rows
         self.shifts = gives(self.form, "bias")  # the layer's bias is another one
         self.draws, self.has_aux_loss = gives(self.form, "draw"), gives(self.form, "aux_loss")
         # Experts are whole blocks, and this is the layer that routes a block's input.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loralab.core.bank import Bank, gives, has_gain, kind
 from loralab.core.files import CONFIG, keep_apart, load_adapter, read_folder, write_folder, writing
 from loralab.core.layers import Weight, read, wide
+from loralab.core.update import replaces
 from loralab.errors import UserError, near_misses
 from loralab.interop.peft import decode, encode, encode_for_others
 from loralab.interop.peft_lora import EMBEDDING, A, B, lora_config, low_rank
@@ -152,7 +153,7 @@ def as_lora(portable: Portable, rank: int | None = None) -> tuple[View, float]:
             f"{method} has no LoRA form: the magnitude of its rows is not low-rank; export it to "
             "peft, or merge it"
         )
-    if gives(form, "base") or (framed and not portable.weights):
+    if replaces(form) or (framed and not portable.weights):
         raise UserError(
             f"{method} has no LoRA form on this base: it puts another matrix in the base's place; "
             "merge it"

@@ -65,7 +65,8 @@ class _Part(NamedTuple):
 def _fits(parts: Sequence[_Part], n_slots: int) -> bool:
     """Return whether torch's fused kernel can make the step, and is the faster way.
 
-    It is one pass where `_all_slots` is ten, but takes some 20 µs for each slot of each tensor.
+    It is one pass where `_all_slots` is ten, but takes some 20 µs for each slot of each tensor. The
+    two differ in rounding, and so may the last trial of a pack once it is alone.
     """
     tensors = [t for part in parts for t in part[1:5]]
     if not tensors or tensors[0].device.type not in ("cpu", "cuda"):
@@ -81,7 +82,11 @@ def _by_slot(parts: Sequence[_Part], hyper: Hyper, beta1: float, beta2: float, e
     """Step slot after slot by torch's fused kernel."""
     slots = list(zip(hyper.lr.tolist(), hyper.weight_decay.tolist(), strict=True))
     for ratio in dict.fromkeys(part.ratio for part in parts):
-        own = [[t.unbind() for t in part[1:]] for part in parts if part.ratio == ratio]
+        own = [
+            [t.unbind() for t in (*part[1:5], part.steps.float())]
+            for part in parts
+            if part.ratio == ratio
+        ]
         for k, (lr, decay) in enumerate(slots):
             p, g, m, v, steps = (
                 [views[k] for views in column] for column in zip(*own, strict=True)
