@@ -2,7 +2,7 @@
 
 import torch
 
-from loralab.core.again import again
+from loralab.core.again import InRows, again
 
 
 def hook(t, x, site):
@@ -36,3 +36,14 @@ def test_autograd_keeps_the_inputs_alone():
         y = again(hook, t, x, None)
     assert kept == {v.data_ptr() for v in (*t.values(), x)}
     assert torch.equal(y, hook(t, x, None))
+
+
+def test_a_gradient_comes_back_in_rows():
+    """A hook that takes x's transpose leaves its gradient in columns."""
+    x, A = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 3, 4)
+    seen = []
+    for given in (x, InRows.apply(x)):
+        y = given * 1.0
+        y.register_hook(lambda g: seen.append(g.is_contiguous()))
+        (A @ (y if given is x else InRows.apply(y)).mT).sum().backward()
+    assert seen == [False, True]

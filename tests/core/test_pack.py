@@ -321,3 +321,20 @@ def test_hugging_face_trainer_trains_it(tmp_path):
 def test_hyper_parameters_out_of_range_get_one_sentence(method, setting, words):
     with pytest.raises(UserError, match=words):
         build(method, **setting)
+
+
+@pytest.mark.parametrize("method", ["gralora", "moelora", "full"])
+def test_a_pack_of_one_recipe_is_not_sliced(method):
+    """A slice of all rows is not, but its gradient is a copy of them."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    adapter = adapt(model, method, rank=4, targets=("0", "2"))
+    found, todo = (
+        set(),
+        [model(torch.randn(6, 8)).grad_fn, getattr(adapter.penalty(), "grad_fn", None)],
+    )
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            found.add(node.name())
+            todo += [n for n, _ in node.next_functions]
+    assert not {name for name in found if name.startswith("Slice")}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loralab.core.again import again, kept_inputs
+from loralab.core.again import InRows, again, kept_inputs
 from loralab.core.dense import Make, made_linear
 from loralab.core.fused import AddHidden, AddLowRank, FusedHidden, FusedLowRank
 from loralab.core.layers import Weight, product, read, wide
@@ -208,7 +208,8 @@ class Bank(Update):
 
     def aux_loss(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Return the Form's loss [K] on the inputs x [rows, in], `counts` rows for each slot."""
-        return torch.cat([self._aux_loss(x[rows], lo, hi) for lo, hi, rows in runs(counts)])
+        parts = [self._aux_loss(stretch(x, rows), lo, hi) for lo, hi, rows in runs(counts)]
+        return torch.cat(parts)
 
     def _aux_loss(self, x: Tensor, lo: int, hi: int) -> Tensor:
         t = _cast(self.seen(lo, hi), x.dtype)
@@ -218,6 +219,8 @@ class Bank(Update):
     def _hook(self, name: str, t: Tensors, x: Tensor) -> Tensor:
         """Return what the Form's function of this name gives for x."""
         function = getattr(self.form, name)
+        if x.requires_grad:
+            x = InRows.apply(x)
         if name in self.form.recomputed and torch.is_grad_enabled():
             return again(function, t, x, self.site)
         return function(t, x, self.site)
@@ -227,6 +230,11 @@ class Bank(Update):
         if not self.form.by_sequence or self.context is None:
             return x
         return x.unflatten(1, (-1, self.context.tokens))
+
+
+def stretch(v: Tensor, rows: slice) -> Tensor:
+    """Return v[rows]; v itself where that is all of it, for a slice costs the gradient a copy."""
+    return v if rows == slice(0, len(v)) else v[rows]
 
 
 def picked(M: Tensor, index: Tensor) -> Tensor:

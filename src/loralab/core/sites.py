@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from loralab.core.bank import Bank
+from loralab.core.bank import Bank, stretch
 from loralab.core.context import Context
 from loralab.core.layers import (
     Weight,
@@ -119,8 +119,9 @@ class LinearSite(nn.Module):
             if skipped:
                 parts.append(y[row : row + skipped])
             row, slot = row + skipped, lo + bank.size
-            inputs = self._dropped(x[row : row + own], bank, lo, counts)
-            parts.append(bank(inputs, y[row : row + own], weight, bias, counts[lo:slot]))
+            rows = slice(row, row + own)
+            inputs = self._dropped(stretch(x, rows), bank, lo, counts)
+            parts.append(bank(inputs, stretch(y, rows), weight, bias, counts[lo:slot]))
             row += own
         if row < len(y):
             parts.append(y[row:])
@@ -168,7 +169,8 @@ class LinearSite(nn.Module):
                 continue
             own = counts[first : first + bank.size]
             row = sum(counts[:first])
-            self.layout.aux[self.name, first] = bank.aux_loss(x[row : row + sum(own)], own)
+            inputs = stretch(x, slice(row, row + sum(own)))
+            self.layout.aux[self.name, first] = bank.aux_loss(inputs, own)
 
     def _fusible(self, module: nn.Module, x: Tensor) -> bool:
         """Return whether one node can do base and update: a plain layer, one bank, equal rows."""

@@ -50,7 +50,7 @@ class MoELoRA(TopK):
     def contrastive(self, t: Tensors, x: Tensor, selected: Tensor) -> Tensor:
         """Return L_c per slot, the mean over all queries."""
         N = self.n_experts
-        h = (t["A"] @ x.mT).unflatten(-2, (N, -1))  # [*, N, r, n]
+        h = (x @ t["A"].mT).mT.unflatten(-2, (N, -1))  # [*, N, r, n]
         gram = (t["B"].mT @ t["B"]).unflatten(-2, (N, -1))
         keys = torch.roll(h, -1, -1).unsqueeze(-4)
         # q·k = h_iᵀ B_iᵀ B_j h'_j, so that no output [N, out, n] is made.
