@@ -27,6 +27,11 @@ def _linear(x: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b [K, ., .]; for a lone slot by `mm`, of which `bmm` takes up to 1.2 times."""
+    return torch.bmm(a, b) if len(a) > 1 else torch.mm(a[0], b[0])[None]
+
+
 class MadeLinear(torch.autograd.Function):
     """What `made_linear` returns, with M computed anew in backward. Twice differentiable."""
 
@@ -42,8 +47,8 @@ class MadeLinear(torch.autograd.Function):
         """Return the gradients of x and the tensors; the bias belongs to the frozen base."""
         x, *tensors = ctx.saved_tensors
         M, pull = rerun(ctx.make, tensors, ctx.needs_input_grad[3:])
-        found = pull(lambda: torch.bmm(dy.mT, x).to(M.dtype))
+        found = pull(lambda: _product(dy.mT, x).to(M.dtype))
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = torch.bmm(dy, M.to(dy.dtype).expand(len(dy), -1, -1))
+            dx = _product(dy, M.to(dy.dtype).expand(len(dy), -1, -1))
         return None, dx, None, *found
