@@ -14,6 +14,7 @@ from loralab.testing.toy import inputs, kinds, trained_adapter, trained_bits
 
 NAMES = list(all_methods())
 KINDS = list(dict.fromkeys(kind for name in NAMES for kind in kinds(name)))
+SLOW = ("Conv2d", "Embedding")  # a minute for both; the fast tests have the others
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -65,6 +66,8 @@ def check_another_process(names, folder, kind, before=""):
         assert fingerprint(name) == found["fingerprint"], name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS]
+)
 def test_another_process_loads_and_trains_the_same(tmp_path, kind):
     check_another_process([n for n in NAMES if kind in kinds(n)], tmp_path, kind)
