@@ -11,7 +11,7 @@ LR = torch.tensor((1e-2, 3e-3, 0.0), dtype=torch.float64)
 DECAY = torch.tensor((0.1, 0.0, 0.5), dtype=torch.float64)
 
 
-class Twice(adamw.AdamW):
+class TwoRates(adamw.AdamW):
     def lr_ratio(self, name):
         return RATIO[name]
 
@@ -33,7 +33,7 @@ def steps(sites, restart=True):
         if restart and i == 2:
             for memory in sites[0].state.values():
                 memory[1] = 0
-        Twice().step(sites, Hyper(LR, DECAY))
+        TwoRates().step(sites, Hyper(LR, DECAY))
     return [s.t for s in sites]
 
 

@@ -58,7 +58,7 @@ def _sentence(cls: type, prog: str, words: Sequence[str], complaint: str) -> str
         last = dict(zip((flag.replace("_", "-") for flag in split), split[1:], strict=False))
         value = last[wrong[1]]  # the last one, if it is given twice
         return f"{wrong[1]} must be {spoken(hint).removesuffix(' or nothing')}, not {value!r}"
-    text = text.replace(", 'None'", "")
+    text = re.sub(r", 'None'|'None', ", "", text)
     return f"{text}; see `{prog} --help`"
 
 

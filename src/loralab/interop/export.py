@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loralab.core.bank import Bank, gives, has_gain, kind
+from loralab.core.bank import Bank
 from loralab.core.files import CONFIG, keep_apart, load_adapter, read_folder, write_folder, writing
 from loralab.core.layers import Weight, read, wide
-from loralab.core.update import replaces
+from loralab.core.update import gives, has_gain, kind, replaces
 from loralab.errors import UserError, near_misses
 from loralab.interop.peft import decode, encode, encode_for_others
 from loralab.interop.peft_lora import EMBEDDING, A, B, lora_config, low_rank
